@@ -1,0 +1,87 @@
+"""Clamped-delta loss, value and gradient, beside its plain PyTorch form and beside a copy of the bytes it must move.
+
+    python -m groupwise.bench.clamped_delta [--shapes 32768] [--out FILE]
+
+``share_of_limit`` is the time of one copy that moves as many bytes as the loss reads and writes (24 a token with a
+reference), timed in the same run, over ours; ``speedup`` is plain PyTorch's time over ours. Without a GPU the plain form
+is what serves, so the speed-up is then 1 but for noise.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from groupwise.bench import common
+from groupwise.kernels import clamped_delta_loss, eager, implementation
+from torch import Tensor
+
+GPU_SHAPES = [(8192,), (32768,), (1 << 20,)]
+CPU_SHAPES = [(4096,), (32768,), (1 << 18,)]
+SETTINGS = {"beta": 0.04}
+BYTES_A_TOKEN = 24  # five inputs and one gradient, float32
+
+
+def value_and_gradient(form: Any) -> Any:
+    def run(logprob: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, reference: Tensor, _: Tensor) -> Any:
+        loss, stats = form(logprob, old, advantage, weight, ref_logprob=reference, **SETTINGS)
+        return loss.detach(), torch.autograd.grad(loss, logprob)[0], stats
+
+    return run
+
+
+def copy(*inputs: Tensor) -> Tensor:
+    return inputs[-1].clone()  # reads and writes BYTES_A_TOKEN / 2 a token
+
+
+def make_inputs(num_tokens: int, device: str, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    old, step, advantage, weight, drift = torch.randn(5, num_tokens, generator=generator, device=device)
+    weight = (weight > -1.0).float() / num_tokens
+    moved = torch.empty(num_tokens * BYTES_A_TOKEN // 2, dtype=torch.uint8, device=device)
+    return (old + step).requires_grad_(), old, advantage, weight, old + step + 0.1 * drift, moved
+
+
+def check(inputs: tuple[Tensor, ...]) -> None:
+    """Stop unless loss, gradient and statistics agree with the plain form, and two runs agree to the bit."""
+    exact = value_and_gradient(eager.clamped_delta_loss)(*(x.detach().double() for x in inputs[:-1]), inputs[-1])
+    first, again = (value_and_gradient(clamped_delta_loss)(*inputs) for _ in range(2))
+    for name, got, true, repeated in zip(("loss", "gradient"), first, exact, again, strict=False):
+        if not common.error(got, true) <= 1e-5:
+            sys.exit(f"clamped_delta: the {name} is wrong by {common.error(got, true):.2e}; 1e-5 is allowed")
+        if not torch.equal(got, repeated):
+            sys.exit(f"clamped_delta: the {name} of two runs differs")
+    for name, value in first[2].items():
+        if not common.error(value, exact[2][name]) <= 1e-4:
+            sys.exit(f"clamped_delta: {name} is {value.item()}; expected {exact[2][name].item()}")
+
+
+def measure(shape: tuple[int, ...], args: Any) -> common.Row:
+    inputs = [make_inputs(shape[0], args.device, seed) for seed in range(4)]
+    check(inputs[0])
+    contenders = {
+        "ours": value_and_gradient(clamped_delta_loss),
+        "plain": value_and_gradient(eager.clamped_delta_loss),
+        "copy": copy,
+    }
+    times = common.in_turns(contenders, inputs, args.repeats)
+    return {
+        "T": shape[0],
+        "ours_ms": times["ours"],
+        "plain_ms": times["plain"],
+        "copy_ms": times["copy"],
+        "share_of_limit": times["copy"] / times["ours"],
+        "speedup": times["plain"] / times["ours"],
+    }
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    shapes = common.parse_shapes(args.shapes, GPU_SHAPES if args.device == "cuda" else CPU_SHAPES)
+    print(f"clamped_delta_loss is served by {implementation(args.device, 'clamped_delta_loss')}")
+    common.report("clamped_delta", [measure(shape, args) for shape in shapes], args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What every benchmark shares: its command line, its clock, and its report.
+
+A benchmark checks correctness before it times. A time is the median of warm runs over inputs that rotate, so that none finds
+its own in a cache; everything that is compared is timed in the same process, in turns. On a CPU only ratios are
+reported: its absolute times say more about the machine than about the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line of every benchmark: --device, --repeats, --shapes, --out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=available, choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--repeats", type=int, default=0, help="timed runs of each; default 20 on a GPU, 7 on a CPU")
+    parser.add_argument("--shapes", nargs="*", default=None, metavar="SIZExSIZE", help="shapes instead of the default")
+    parser.add_argument("--out", type=Path, default=None, help="also write the JSON record to this file")
+    args = parser.parse_args()
+    if args.device == "cuda" and available == "cpu":
+        parser.error("--device cuda: PyTorch sees no GPU; use --device cpu")
+    args.repeats = args.repeats or (20 if args.device == "cuda" else 7)
+    return args
+
+
+def parse_shapes(texts: Sequence[str] | None, default: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes such as "4096x128x512", each with as many sizes as the default ones."""
+    if not texts:
+        return list(default)
+    shapes = [tuple(int(size) for size in text.split("x") if size.isdigit()) for text in texts]
+    for text, shape in zip(texts, shapes, strict=True):
+        if len(shape) != len(default[0]) or 0 in shape:
+            raise SystemExit(f"--shapes: {text!r} is no shape; expected {len(default[0])} sizes such as {default[0]}")
+    return shapes
+
+
+def in_turns(contenders: dict[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], repeats: int) -> Row:
+    """Median milliseconds of each contender; each run takes the next of ``inputs``, and the contenders alternate."""
+    device = next(x.device for x in inputs[0] if isinstance(x, Tensor))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(-2, repeats):
+        for name, run in contenders.items():
+            elapsed = _milliseconds(run, inputs[i % len(inputs)], device)
+            if i >= 0:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run(*arguments)
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    run(*arguments)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float | None:
+    """Device memory that ``run`` holds at its peak beside what is allocated before, its results included."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run(*arguments)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    """Largest difference, as a share of the largest true value."""
+    return ((got.double() - true.double()).abs().max() / true.double().abs().max().clamp(min=1e-30)).item()
+
+
+def report(name: str, rows: list[Row], args: argparse.Namespace) -> None:
+    """Print a table, then one JSON line; write the JSON where --out says."""
+    on_gpu = args.device == "cuda"
+    rows = [{k: v for k, v in row.items() if v is not None and (on_gpu or not k.endswith("_ms"))} for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    record = json.dumps({"bench": name, **_environment(args.device), "repeats": args.repeats, "rows": rows})
+    print(record)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(record + "\n")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _environment(device: str) -> Row:
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": commit.stdout.strip() or None,
+    }

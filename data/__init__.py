@@ -1,0 +1,1 @@
+"""Where tasks and expert trajectories come from: tables, questions about them, teachers."""

@@ -1,0 +1,305 @@
+"""Real tables: found, read, cleaned, described, and divided into training and evaluation tables.
+
+Without a folder the tables are those that scikit-learn and statsmodels carry. A table that cannot serve is dropped with
+a reason; only a request that leaves nothing to work with is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..engine.errors import UserError
+
+MIN_ROWS = 20
+MAX_ROWS = 10_000
+MAX_NAME = 30
+LEVELS = range(2, 9)
+UNQUOTABLE = frozenset("\"'\\\n\r\t{}")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the columns of a frame can be asked for.
+
+    `numeric`: finite numbers with at least three values; `groups`: two to eight values, each at least twice;
+    `labels`: a different text in each row; `times`: a different year in each row.
+    """
+
+    numeric: tuple[str, ...]
+    groups: tuple[str, ...]
+    labels: tuple[str, ...]
+    times: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A cleaned table: `name` is unique in a collection, `frame` holds only columns that a question can name."""
+
+    name: str
+    frame: pd.DataFrame
+
+    @property
+    def file(self) -> str:
+        """The base name under which the code of a trajectory opens the table."""
+        return f"{self.name}.csv"
+
+    @cached_property
+    def roles(self) -> Roles:
+        """What each column can be asked for."""
+        return roles(self.frame)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A source that gave no table, with the reason in a few words."""
+
+    source: str
+    reason: str
+
+
+def quotable(text: object, limit: int = MAX_NAME) -> bool:
+    """Whether a value is a text that can stand between double quotes in a question and in code as it is."""
+    if not isinstance(text, str):
+        return False
+    return 0 < len(text) <= limit and text == text.strip() and text.isprintable() and not UNQUOTABLE & set(text)
+
+
+def kind(column: pd.Series) -> str:
+    """The word for a column's type in a description: int, float, bool or text."""
+    if pd.api.types.is_bool_dtype(column):
+        return "bool"
+    if pd.api.types.is_integer_dtype(column):
+        return "int"
+    return "float" if pd.api.types.is_float_dtype(column) else "text"
+
+
+def roles(frame: pd.DataFrame) -> Roles:
+    """Sort the columns of `frame` by what can be asked about them; a column may have several roles, or none."""
+    numeric, groups, labels, times = [], [], [], []
+    for name in frame.columns:
+        column = frame[name]
+        values = column.dropna()
+        sort, levels = kind(column), values.nunique()
+        if sort in ("int", "float"):
+            magnitude = float(values.abs().max()) if len(values) else math.inf
+            if len(values) >= MIN_ROWS // 2 and levels >= 3 and np.isfinite(magnitude) and magnitude < 1e9:
+                numeric.append(name)
+        if sort in ("int", "text") and levels in LEVELS:
+            sizes = Counter(values)
+            if min(sizes.values()) >= 2 and all(sort == "int" or quotable(value, 20) for value in sizes):
+                groups.append(name)
+        complete = len(values) == len(frame) == levels
+        if sort == "text" and complete and all(quotable(value, 20) for value in values):
+            labels.append(name)
+        if sort == "int" and complete and values.min() >= 1500 and values.max() <= 2100:
+            times.append(name)
+    # Nobody averages years, unless there is nothing else.
+    numeric = [name for name in numeric if name not in times] or numeric
+    return Roles(tuple(numeric), tuple(groups), tuple(labels), tuple(times))
+
+
+def describe(file: str, frame: pd.DataFrame) -> str:
+    """The metadata text of a table: file name, number of rows, and each column's quoted name with its type."""
+    columns = ", ".join(f'"{name}" {kind(frame[name])}' for name in frame.columns)
+    return f'Table "{file}", {len(frame)} rows: {columns}'
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read one .csv file, whichever of the usual separators, quotes and encodings it uses.
+
+    Raises:
+        UserError: the file is missing, empty, or no table can be read from it.
+    """
+    if not path.is_file():
+        raise UserError(f"the table {path} does not exist; give the path of a .csv file.")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the table {path} cannot be read ({error.strerror}); check its permissions.") from error
+    if not raw.strip():
+        raise UserError(f"the table {path} is empty; it must hold a header and at least {MIN_ROWS} rows.")
+    if b"\0" in raw[:4096]:
+        raise UserError(f"the table {path} holds binary data; a .csv file must be text.")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    lines = text[:65536].strip().splitlines()[:5]
+    quote = "'" if lines[0].lstrip().startswith("'") else '"'
+    try:
+        return pd.read_csv(io.StringIO(text), sep=_separator(lines), quotechar=quote, skipinitialspace=True)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the table {path} cannot be read as .csv ({reason}); repair or remove it.") from error
+
+
+def _separator(lines: list[str]) -> str:
+    """The mark that stands most often in each of the first lines; spaces only if they cut all lines into as many."""
+    counts = {mark: min(line.count(mark) for line in lines) for mark in ",;\t|"}
+    best = max(counts, key=lambda mark: counts[mark])
+    words = {len(line.split()) for line in lines}
+    return best if counts[best] or len(words) > 1 or words == {1} else r"\s+"
+
+
+def clean(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep the columns that can be named and asked about, under stripped names; row numbers, constants and twins go."""
+    frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip())
+    keep = [not name.startswith("Unnamed:") and quotable(name) for name in frame.columns]
+    frame = frame.loc[:, keep]
+    frame = frame.loc[:, ~frame.columns.str.lower().duplicated()].dropna(how="all")
+    frame = frame.replace([np.inf, -np.inf], np.nan)
+    kept = {}
+    for name in frame.columns:
+        column = frame[name]
+        if kind(column) == "text":
+            column = column.map(lambda value: value.strip() if isinstance(value, str) else value)
+            numbers = pd.to_numeric(column, errors="coerce")
+            if numbers.notna().sum() > 0.9 * len(column):
+                column = numbers
+        if column.nunique() >= 2:
+            kept[name] = column
+    return pd.DataFrame(kept).reset_index(drop=True)
+
+
+def _is_decimal(text: str) -> bool:
+    """Whether a header is a number that no one would choose as a name: a year may name a column, 0.083 does not."""
+    try:
+        return not float(text).is_integer()
+    except ValueError:
+        return False
+
+
+def accept(name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> Table | Dropped:
+    """Clean `frame` and make it a Table, or say why it cannot be one."""
+    if all(_is_decimal(str(header)) for header in frame.columns):
+        return Dropped(name, "no header")
+    frame = clean(frame)
+    if frame.empty:
+        return Dropped(name, "no usable column")
+    if len(frame) < min_rows:
+        return Dropped(name, f"under {min_rows} rows")
+    if len(frame) > max_rows:
+        return Dropped(name, f"over {max_rows} rows")
+    if not roles(frame).numeric:
+        return Dropped(name, "no usable column")
+    return Table(name, frame)
+
+
+def _sklearn_frames() -> Iterable[tuple[str, pd.DataFrame]]:
+    from sklearn import datasets  # optional, and slow to import
+
+    for name in ("iris", "wine", "breast_cancer", "diabetes", "linnerud"):
+        options = {"scaled": False} if name == "diabetes" else {}
+        bunch = getattr(datasets, f"load_{name}")(as_frame=True, **options)
+        frame = bunch.frame
+        if name in ("iris", "wine", "breast_cancer"):
+            header = {"iris": "species", "wine": "cultivar", "breast_cancer": "diagnosis"}[name]
+            words = [str(word) for word in bunch.target_names]
+            frame = frame.drop(columns="target").assign(**{header: [words[code] for code in frame["target"]]})
+        yield name, frame
+
+
+def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list[Table], list[Dropped]]:
+    """The tables that the installed scikit-learn and statsmodels carry.
+
+    Raises:
+        UserError: neither package is installed.
+    """
+    tables: list[Table] = []
+    dropped: list[Dropped] = []
+    if importlib.util.find_spec("sklearn"):
+        for name, frame in _sklearn_frames():
+            _sort(accept(name, frame, min_rows=min_rows, max_rows=max_rows), tables, dropped)
+    spec = importlib.util.find_spec("statsmodels")
+    if spec and spec.submodule_search_locations:
+        root = Path(spec.submodule_search_locations[0]) / "datasets"
+        _read_all(sorted(root.glob("*/*.csv")), tables, dropped, min_rows=min_rows, max_rows=max_rows)
+    if not tables:
+        raise UserError("no bundled table was found; install groupwise[data] or name a folder of them, tables=DIR.")
+    return tables, dropped
+
+
+def find_tables(
+    folder: str | Path | None = None, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS
+) -> tuple[list[Table], list[Dropped]]:
+    """The usable tables of `folder` (all .csv files under it), or the bundled ones, and what was dropped.
+
+    Args:
+        folder: a folder of .csv files; None for the bundled tables.
+        min_rows, max_rows: limits in rows, both inclusive.
+
+    Raises:
+        UserError: the folder is missing or holds no .csv file, or no table can be used.
+    """
+    if folder is None:
+        return bundled(min_rows=min_rows, max_rows=max_rows)
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"the folder of tables {root} does not exist; give a folder that holds .csv files.")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".csv")
+    if not paths:
+        raise UserError(f"the folder of tables {root} holds no .csv file; put at least two tables there.")
+    tables: list[Table] = []
+    dropped: list[Dropped] = []
+    _read_all(paths, tables, dropped, min_rows=min_rows, max_rows=max_rows)
+    if not tables:
+        reasons = "; ".join(f"{drop.source}: {drop.reason}" for drop in dropped[:3])
+        raise UserError(f"none of the {len(paths)} tables in {root} can be used ({reasons}); add numeric tables.")
+    return tables, dropped
+
+
+def _read_all(paths: list[Path], tables: list[Table], dropped: list[Dropped], *, min_rows: int, max_rows: int) -> None:
+    for path in paths:
+        stem = path.stem if path.stem.lower() != "data" else path.parent.name
+        name = "".join(mark if mark.isalnum() and mark.isascii() else "_" for mark in stem).strip("_")[:24] or "table"
+        taken = {table.name for table in tables}
+        name = next(new for new in (name, *(f"{name}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
+        try:
+            frame = read_csv(path)
+        except UserError as error:
+            dropped.append(Dropped(path.name, str(error)))
+            continue
+        _sort(accept(name, frame, min_rows=min_rows, max_rows=max_rows), tables, dropped)
+
+
+def _sort(result: Table | Dropped, tables: list[Table], dropped: list[Dropped]) -> None:
+    if isinstance(result, Table):
+        tables.append(result)
+    else:
+        dropped.append(result)
+
+
+def split_tables(
+    tables: Sequence[Table], *, evaluation_share: float = 1 / 3, seed: int = 0
+) -> tuple[list[Table], list[Table]]:
+    """Divide tables into training and evaluation tables by a hash of (seed, name): disjoint, the same on every machine.
+
+    Raises:
+        UserError: fewer than two tables.
+    """
+    if len(tables) < 2:
+        raise UserError(f"{len(tables)} usable table is too few to train and to evaluate on; give at least two.")
+
+    def order(table: Table) -> str:
+        return hashlib.sha256(f"{seed}:{table.name}".encode()).hexdigest()
+
+    held_out = max(1, round(len(tables) * evaluation_share))
+    names = {table.name for table in sorted(tables, key=order)[:held_out]}
+    return [table for table in tables if table.name not in names], [table for table in tables if table.name in names]
+
+
+def shared_headers(training: Iterable[Table], evaluation: Iterable[Table]) -> list[str]:
+    """Column names (lower case, sorted) that stand both in a training and in an evaluation table."""
+    first = {name.lower() for table in training for name in table.frame.columns}
+    return sorted(first & {name.lower() for table in evaluation for name in table.frame.columns})

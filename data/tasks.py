@@ -1,0 +1,164 @@
+"""Tasks from views: balanced over types and modes, each with its program, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from ..engine.errors import UserError
+from ..rollout.task import Task
+from .questions import Operation, Question
+from .tables import Table
+from .taxonomy import TASK_TYPES
+from .views import View, evaluation_view, training_view
+
+MODE_SHARES: Mapping[str, float] = {"datamind": 0.8, "agentic": 0.1, "reflection": 0.1}
+ATTEMPTS = 40
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task and what its teacher knows: the question with its program, and the view that it is about."""
+
+    task: Task
+    question: Question
+    view: View
+
+
+def training_views(
+    tables: Sequence[Table], count: int, *, seed: int, stream: str = "sft", avoid: Collection[str] = ()
+) -> list[View]:
+    """`count` renamed views over all `tables` in turn.
+
+    Args:
+        tables: the training tables.
+        count: number of views.
+        seed, stream: another stream (say "grpo") gives other views of the same tables.
+        avoid: column names that must not come up; see `headers`.
+    """
+    views = []
+    for index in range(count):
+        rng = Random(f"{seed}:{stream}:view:{index}")
+        views.append(training_view(tables[index % len(tables)], rng, avoid))
+    return views
+
+
+def evaluation_views(tables: Sequence[Table], count: int, *, seed: int) -> list[View]:
+    """`count` views over all evaluation `tables` in turn, with their real names."""
+    chosen = (tables[index % len(tables)] for index in range(count))
+    return [evaluation_view(table, Random(f"{seed}:evaluation:view:{index}")) for index, table in enumerate(chosen)]
+
+
+def headers(tables: Sequence[Table]) -> frozenset[str]:
+    """All column names of `tables`."""
+    return frozenset(str(name) for table in tables for name in table.frame.columns)
+
+
+def shares_to_counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Divide `total` by `shares` (any positive scale), exactly, the largest remainders rounded up.
+
+    Raises:
+        UserError: a share is negative or all are 0.
+    """
+    whole = sum(shares.values())
+    if min(shares.values(), default=0) < 0 or whole <= 0:
+        raise UserError(f"the shares {dict(shares)} must be 0 or more and not all 0.")
+    exact = {name: total * share / whole for name, share in shares.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def make_problems(
+    views: Sequence[View],
+    count: int,
+    *,
+    seed: int,
+    name: str,
+    folder: str | Path,
+    modes: Mapping[str, float] = MODE_SHARES,
+    types: Collection[str] = tuple(TASK_TYPES),
+) -> list[Problem]:
+    """`count` different problems about `views`, as evenly over the task types as the views allow.
+
+    Args:
+        views: what to ask about; the files of those that are used are written.
+        count: number of problems.
+        seed: the same seed gives the same problems.
+        name: beginning of the task ids and of the files' folder.
+        folder: where the files go, as `folder/name/NUMBER/FILE`.
+        modes: shares of the modes "datamind", "agentic", "reflection".
+        types: names of the task types to ask for.
+
+    Raises:
+        UserError: an unknown type, or views that allow no further question.
+    """
+    if unknown := set(types) - set(TASK_TYPES):
+        raise UserError(f"unknown task type {min(unknown)!r}; expected some of {', '.join(TASK_TYPES)}.")
+    rng = Random(f"{seed}:{name}:problems")
+    order = [mode for mode, share in shares_to_counts(modes, count).items() for _ in range(share)]
+    rng.shuffle(order)
+    written: dict[int, str] = {}
+    asked: set[tuple[int, str]] = set()
+    problems: list[Problem] = []
+    decks = {mode: _Deck(types, mode == "reflection", rng) for mode in sorted(set(order))}
+    for index, mode in enumerate(order):
+        number, question = _draw(views, decks[mode], asked, rng)
+        view = views[number]
+        if number not in written:
+            written[number] = str(view.write(Path(folder) / name / str(number)))
+        task = Task(
+            id=f"{name}-{index:05d}",
+            question=question.text,
+            files=(written[number],),
+            description=view.description,
+            answer=question.answer,
+            answer_type=question.answer_type,
+            task_type=question.task_type,
+            mode=mode,
+            table=view.table,
+        )
+        problems.append(Problem(task, question, view))
+    return problems
+
+
+class _Deck:
+    """Task types like cards: each comes up once before any comes up again; in a type, each operation likewise."""
+
+    def __init__(self, types: Collection[str], reflections: bool, rng: Random) -> None:
+        self.rng = rng
+        self.operations: dict[str, tuple[Operation, ...]] = {}
+        for name in types:
+            if found := TASK_TYPES[name].reflections if reflections else TASK_TYPES[name].operations:
+                self.operations[name] = found
+        if not self.operations:
+            raise UserError("none of the chosen task types has a question for the reflection mode; give it share 0.")
+        self.types: list[str] = []
+        self.cards: dict[str, list[Operation]] = {name: [] for name in self.operations}
+
+    def next(self) -> Operation:
+        if not self.types:
+            self.types = list(self.operations)
+            self.rng.shuffle(self.types)
+        cards = self.cards[name := self.types.pop()]
+        if not cards:
+            cards.extend(self.operations[name])
+            self.rng.shuffle(cards)
+        return cards.pop()
+
+
+def _draw(views: Sequence[View], deck: _Deck, asked: set[tuple[int, str]], rng: Random) -> tuple[int, Question]:
+    """The number of a view and a question about it that was not asked before."""
+    for _ in range(len(deck.operations) * 4):
+        operation = deck.next()
+        for _ in range(ATTEMPTS):
+            number = rng.randrange(len(views))
+            question = operation.ask(views[number], rng)
+            if question is not None and (number, question.text) not in asked:
+                asked.add((number, question.text))
+                return number, question
+    raise UserError(f"{len(views)} views allow only {len(asked)} different questions; use more views or ask for fewer.")

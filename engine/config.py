@@ -1,0 +1,344 @@
+"""Strict configuration: frozen dataclasses, read from TOML, changed by dotted overrides.
+
+    python -m groupwise.recipes.grpo train grpo.steps=10 grpo.lr=1e-4
+
+Every setting is described where it is defined; ``--help`` of any recipe prints them. An unknown key, a wrong type or
+a value out of range is a :class:`UserError` that names the key, the value and what was expected.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def setting(default: Any, description: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field with its description and, for numbers, its inclusive bounds."""
+    return field(default=default, metadata={"help": description, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives."""
+
+    name: str = setting("train", "folder of this run, below run.folder")
+    folder: str = setting("runs", "folder of all runs")
+    seed: int = setting(0, "seed of data, initialisation and sampling", minimum=0)
+    timeout_s: int = setting(600, "seconds after which a collective that does not complete ends the run", minimum=1)
+    checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen2 decoder. The defaults are the small analyst of the main job."""
+
+    folder: str = setting("", "Hugging Face folder to start from; empty: random weights of the shape below")
+    vocab_size: int = setting(512, "rows of the embedding", minimum=1)
+    hidden_size: int = setting(128, "width", minimum=2)
+    intermediate_size: int = setting(384, "width of the SwiGLU", minimum=1)
+    num_hidden_layers: int = setting(4, "decoder layers", minimum=1)
+    num_attention_heads: int = setting(4, "query heads", minimum=1)
+    num_key_value_heads: int = setting(2, "key and value heads; divides num_attention_heads", minimum=1)
+    head_dim: int = setting(0, "width of a head; 0: hidden_size / num_attention_heads", minimum=0)
+    max_position_embeddings: int = setting(1024, "longest sequence, in tokens", minimum=1)
+    rms_norm_eps: float = setting(1e-6, "epsilon of RMSNorm", minimum=0)
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", minimum=1)
+    tie_word_embeddings: bool = setting(True, "output head shares the embedding")
+    initializer_range: float = setting(0.02, "standard deviation of random weights", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model.num_key_value_heads is {self.num_key_value_heads}, which does not divide "
+                f"model.num_attention_heads {self.num_attention_heads}; choose a divisor"
+            )
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is no multiple of model.num_attention_heads "
+                f"{self.num_attention_heads}; change one of them or set model.head_dim"
+            )
+        if self.head_size % 2:
+            raise UserError(f"the width of a head is {self.head_size}, rotary embeddings need an even one")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Tables, tasks and expert trajectories."""
+
+    tables: str = setting("", "folder of .csv tables; empty: those bundled with scikit-learn and statsmodels")
+    num_trajectories: int = setting(3000, "expert trajectories for SFT", minimum=1)
+    num_prompts: int = setting(1000, "training tasks for GRPO", minimum=1)
+    num_eval_tasks: int = setting(240, "tasks on the tables kept for evaluation", minimum=1)
+    num_views: int = setting(400, "renamed views of the training tables", minimum=1)
+    max_rows: int = setting(20000, "tables with more rows are dropped", minimum=20)
+    corrected: float = setting(0.35, "share of trajectories with an error that is corrected", minimum=0, maximum=1)
+    self_corrected: float = setting(0.15, "share that notices and redoes a wrong step", minimum=0, maximum=1)
+    failure: float = setting(0.10, "share that fails to the end", minimum=0, maximum=1)
+    agentic: float = setting(0.05, "share in the agentic grammar", minimum=0, maximum=1)
+    reflection: float = setting(0.05, "share in the reflection grammar", minimum=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        for names in (("corrected", "self_corrected", "failure"), ("agentic", "reflection")):
+            total = sum(getattr(self, name) for name in names)
+            if total > 1 + 1e-9:
+                raise UserError(f"data.{' + data.'.join(names)} is {total:g}, expected at most 1; lower one of them")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the optimisation step, of every recipe."""
+
+    beta1: float = setting(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
+    beta2: float = setting(0.95, "decay of the second moment", minimum=0, maximum=0.99999)
+    eps: float = setting(1e-8, "added to the root of the second moment", minimum=0)
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
+    max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
+    max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
+    tokens_per_microbatch: int = setting(8192, "packed tokens in one forward and backward of a rank", minimum=1)
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "type of gathered weights; auto: bfloat16 on CUDA, float32 on a CPU"
+    )
+    reshard_after_forward: bool = setting(True, "free a block's weights after its forward pass")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on expert trajectories."""
+
+    steps: int = setting(500, "optimiser steps", minimum=1)
+    sequences_per_step: int = setting(32, "trajectories in a step, over all ranks", minimum=1)
+    lr: float = setting(3e-3, "peak learning rate", minimum=0)
+    warmup_steps: int = setting(20, "linear warm-up", minimum=0)
+    min_lr_ratio: float = setting(0.1, "learning rate at the end of the cosine, as a share of the peak", minimum=0)
+    prompt_loss_weight: float = setting(
+        0.0, "weight of prompt tokens in the loss; 0: model spans only; above 0 helps a model trained from nothing",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling and the many-turn loop."""
+
+    temperature: float = setting(1.0, "softmax temperature of training rollouts", minimum=0)
+    top_p: float = setting(1.0, "nucleus of training rollouts", minimum=0, maximum=1)
+    kv_memory_gib: float = setting(0.25, "memory of the KV cache on a rank", minimum=0)
+    block_size: int = setting(16, "tokens in a KV block", minimum=1)
+    concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0)
+    max_turns: int = setting(10, "model turns of a trajectory", minimum=1)
+    max_tokens_per_turn: int = setting(128, "tokens the model may write in a turn", minimum=1)
+    max_trajectory_tokens: int = setting(768, "tokens of a trajectory, prompt included", minimum=1)
+    max_observation_tokens: int = setting(96, "tokens of an observation; head and tail are kept", minimum=8)
+    max_consecutive_errors: int = setting(5, "failed executions in a row that end a trajectory", minimum=1)
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Limits of one execution of model code."""
+
+    wall_s: float = setting(20.0, "wall seconds", minimum=0.01)
+    cpu_s: int = setting(20, "CPU seconds", minimum=1)
+    memory_gib: float = setting(1.0, "address space", minimum=0.01)
+    processes: int = setting(16, "processes of one execution", minimum=1)
+    file_mib: int = setting(64, "size of a written file", minimum=1)
+    output_bytes: int = setting(65536, "captured output", minimum=1)
+    workers: int = setting(2, "executions at once on a rank", minimum=1)
+    isolation: Literal["auto", "none"] = setting(
+        "auto", "auto: what the kernel enforces, refuse where it enforces nothing; none: run all the same"
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a trajectory earns."""
+
+    kind: Literal["datarus", "datamind"] = setting("datarus", "form of the total reward")
+    answer_weight: float = setting(1.0, "weight of the right answer (datarus)", minimum=0)
+    lambda_max: float = setting(0.9, "weight of structure at the first step (datarus)", minimum=0, maximum=1)
+    lambda_min: float = setting(0.1, "weight of structure at the last step (datarus)", minimum=0, maximum=1)
+    lambda_schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "way from lambda_max to lambda_min")
+    length_coef: float = setting(0.1, "cost of tokens over length_target (datarus)", minimum=0)
+    length_target: int = setting(512, "completion tokens that cost nothing (datarus)", minimum=1)
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation."""
+
+    steps: int = setting(50, "optimiser steps", minimum=1)
+    prompts_per_step: int = setting(16, "tasks in a step, over all ranks", minimum=1)
+    num_generations: int = setting(8, "trajectories of a task: the group", minimum=2)
+    lr: float = setting(3e-4, "learning rate after warm-up", minimum=0)
+    warmup_steps: int = setting(5, "linear warm-up", minimum=0)
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = setting("dapo", "how token losses are averaged")
+    epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
+    epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)
+    beta: float = setting(0.0, "weight of the k3 KL to the reference policy", minimum=0)
+    delta_max: float = setting(4.0, "bound of log-probability differences", minimum=0)
+    scale_rewards: bool = setting(True, "divide advantages by the group's deviation")
+    mask_void: bool = setting(True, "no policy-gradient loss on trajectories with a void turn or no answer")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation on tables never trained on."""
+
+    num_samples: int = setting(3, "runs of each task: pass@1 is their mean, pass@k their union", minimum=1)
+    temperature: float = setting(0.7, "softmax temperature", minimum=0)
+    top_p: float = setting(0.95, "nucleus", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of any recipe."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested plain values, as TOML and JSON write them."""
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies overrides.
+
+    Args:
+        path: a file, or the name of a file in ``configs/`` without its ending; None: the defaults.
+        overrides: ``section.key=value``, the value in TOML's spelling or a bare string; ``key=value`` where only one
+            section has that key.
+
+    Raises:
+        UserError: absent or malformed file, unknown section or key, wrong type, value out of bounds.
+    """
+    values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    if path is not None:
+        for name, section in _read(path).items():
+            if name not in SECTIONS:
+                raise UserError(f"{path}: unknown section [{name}]{_nearest(name, SECTIONS)}")
+            if not isinstance(section, dict):
+                raise UserError(f"{path}: {name} is {section!r}, expected a section [{name}]")
+            values[name].update(section)
+    for override in overrides:
+        name, key, value = _parse_override(override)
+        values[name][key] = value
+    return Config(**{name: _build(name, cls, values[name]) for name, cls in SECTIONS.items()})
+
+
+def describe_settings() -> str:
+    """Every setting with its type, default and description: the text of ``--help``."""
+    lines = []
+    for name, cls in SECTIONS.items():
+        lines.append(f"\n[{name}] {(cls.__doc__ or '').strip()}")
+        hints = get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            key = f"{name}.{f.name}={_spell(f.default)}"
+            lines.append(f"  {key:<40} {_type_name(hints[f.name])}: {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        packaged = CONFIGS / f"{file.name.removesuffix('.toml')}.toml"
+        if file.parent != Path(".") or not packaged.is_file():
+            known = sorted(p.stem for p in CONFIGS.glob("*.toml"))
+            raise UserError(f"no configuration file {str(path)!r}; give a file or one of {', '.join(known)}")
+        file = packaged
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} cannot be read as TOML: {error}") from error
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    dotted, equals, raw = text.partition("=")
+    if not equals:
+        raise UserError(f"{text!r} is no override; write section.key=value")
+    known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    if "." not in dotted:
+        homes = [key for key in known if key.split(".")[1] == dotted]
+        if len(homes) > 1:
+            raise UserError(f"{dotted!r} is a key of several sections; write one of {', '.join(sorted(homes))}")
+        dotted = homes[0] if homes else dotted
+    if dotted not in known:
+        leaves = known | {key.split(".")[1] for key in known}
+        raise UserError(f"unknown configuration key {dotted!r}{_nearest(dotted, leaves)}")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    name, key = dotted.split(".")
+    return name, key, value
+
+
+def _build(name: str, cls: type, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"unknown configuration key '{name}.{key}'{_nearest(key, fields)}")
+        values[key] = value = _convert(f"{name}.{key}", hints[key], value)
+        low, high = fields[key].metadata["minimum"], fields[key].metadata["maximum"]
+        if low is not None and value < low or high is not None and value > high:
+            bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise UserError(f"{name}.{key} is {value}, expected {bounds}")
+    return cls(**values)
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{key} is {value!r}, expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # an override such as run.name=7
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{key} is {json.dumps(value, default=str)}, expected {_type_name(hint)}")
+    return value
+
+
+def _nearest(key: str, known: Any) -> str:
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))[:300]}"
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_type_name, get_args(hint)))
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[hint]
+
+
+def _spell(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (bool, str)) else str(value)

@@ -1,0 +1,186 @@
+"""Where this process stands among the others: rank, device, backend, and the collectives that everything else uses.
+
+``torchrun --nproc-per-node 2 -m groupwise.recipes.grpo …`` gives each process its environment; without that
+environment the world is one process, no process group exists, and every collective returns what it was given.
+"""
+
+import gc
+import os
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+# PyTorch 2.13 gave these two new names, and warns of the old ones, the only ones that 2.11 knows.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Mesh:
+    """The ranks of one launch. Make it with :meth:`create`, end it with :meth:`close` or a ``with`` block.
+
+    Attributes: ``rank``, ``world_size``, ``local_rank``, ``local_world_size``, ``device`` (where this rank computes),
+    ``backend`` ("nccl", "gloo", or "none" in a world of one) and ``group`` (None in a world of one).
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        local_world_size: int = 1,
+        device: torch.device | None = None,
+        backend: str = "none",
+        group: dist.ProcessGroup | None = None,
+        reason: str = "",
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.device = device or torch.device("cpu")
+        self.backend, self.group, self._reason = backend, group, reason
+
+    @classmethod
+    def create(cls, timeout_s: float = 600.0, init_method: str = "env://") -> "Mesh":
+        """Join the launch that the environment describes.
+
+        CUDA with nccl when this machine has a GPU for each of its ranks, otherwise CPU with gloo; on a CPU the cores
+        are divided among the ranks of the machine.
+
+        Args:
+            timeout_s: seconds after which a collective that some rank never entered fails.
+            init_method: how the ranks find each other; torchrun's environment by default.
+
+        Raises:
+            UserError: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is no valid number.
+        """
+        world_size = _env_int("WORLD_SIZE", 1, minimum=1)
+        rank = _env_int("RANK", 0)
+        local_rank = _env_int("LOCAL_RANK", rank)
+        local_world_size = _env_int("LOCAL_WORLD_SIZE", world_size, minimum=1)
+        if rank >= world_size:
+            raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}; launch the ranks with torchrun.")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus >= local_world_size:
+            device, backend, reason = torch.device("cuda", local_rank), "nccl", ""
+            torch.cuda.set_device(device)
+        else:
+            reason = "no GPU" if gpus == 0 else f"{gpus} GPU for {local_world_size} ranks on this machine"
+            device, backend = torch.device("cpu"), "gloo"
+            if local_world_size > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        group = None
+        if world_size > 1:
+            dist.init_process_group(
+                backend,
+                init_method=init_method,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if backend == "nccl" else None,
+            )
+            group = dist.group.WORLD
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            device=device,
+            backend=backend if world_size > 1 else "none",
+            group=group,
+            reason=reason,
+        )
+
+    def describe(self) -> str:
+        """One line for the start of a run: how many ranks, on what, and why not on GPUs."""
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks over {self.backend}"
+        if self.device.type == "cuda":
+            return f"{ranks} on {torch.cuda.get_device_name(self.device)}"
+        threads = torch.get_num_threads()
+        where = f"cpu with {threads} thread{'' if threads == 1 else 's'} a rank"
+        return f"{ranks} on {where}" + (f" ({self._reason})" if self._reason else "")
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce ``tensor`` (any shape, on ``device``) over the ranks, in place, and return it; op: sum, max or min."""
+        if self.group is not None:
+            dist.all_reduce(tensor, op=REDUCTIONS[op], group=self.group)
+        return tensor
+
+    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work | None:
+        """Start gathering ``part[n]`` of every rank into ``whole[world_size * n]``; wait() on the result before use.
+
+        ``part`` may be this rank's own slice of ``whole``.
+        """
+        if self.group is None:
+            return None
+        return _all_gather(whole, part, group=self.group, async_op=True)
+
+    def reduce_scatter_into(self, part: torch.Tensor, whole: torch.Tensor) -> dist.Work | None:
+        """Start summing ``whole[world_size * n]`` over the ranks; ``part[n]`` gets this rank's slice of the sum."""
+        if self.group is None:
+            return None
+        return _reduce_scatter(part, whole, group=self.group, async_op=True)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The picklable ``value`` of every rank, in the order of the ranks, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """The picklable ``value`` of rank ``src``, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=src, group=self.group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def close(self) -> None:
+        """Leave the process group; safe to call twice.
+
+        A gloo process whose threads are still held by live objects at its end may abort, so garbage is collected and
+        the ranks wait for each other before the group is destroyed.
+        """
+        if self.group is None:
+            return
+        gc.collect()
+        self.barrier()
+        self._destroy()
+
+    def _destroy(self) -> None:
+        self.group = None
+        gc.collect()
+        dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self.group is not None:  # the other ranks may be elsewhere: waiting for them would hide the error
+            self._destroy()
+
+
+def _env_int(name: str, default: int, minimum: int = 0) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) < minimum:
+        raise UserError(f"{name} is {text!r} but must be an integer of at least {minimum}; launch with torchrun.")
+    return int(text)

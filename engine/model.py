@@ -1,0 +1,239 @@
+"""One decoder of the Qwen2 shape on packed token streams, and nothing else.
+
+Sequences lie end to end in one stream of tokens, so there is no padding and no batch dimension; what a
+token may look at is decided by the attention callable that the caller gives (:class:`PackedAttention` when
+training, the sampler's paged one when decoding). Parameter names are Hugging Face's, so that the state
+dict is the checkpoint. Sharding and precision are applied from outside.
+
+Legend: T tokens, H hidden, I intermediate, V vocabulary, Hq query heads, Hkv key/value heads, D head size.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.attention import packed_attention
+from ..kernels.logprob import grouped_logprob
+from .config import ModelConfig
+
+
+class Attention(Protocol):
+    """What a layer calls between its projections: ``(layer, q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D]) -> [T,Hq,D]``."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class PackedAttention:
+    """Causal attention inside each segment of a packed stream.
+
+    Args:
+        cu_seqlens: [N+1] int32, where each segment begins, and the end of the last.
+        max_seqlen: the longest segment, tokens.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+
+
+class Linear(nn.Linear):
+    """A linear map that leaves initialisation to :meth:`Model.init_weights`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """An embedding table that leaves initialisation to :meth:`Model.init_weights`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, computed in float32 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [T,H] -> [T,H]
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class Rotary:
+    """Rotary position embedding in the half-split layout of Hugging Face's weights (arXiv 2104.09864, eq. 34).
+
+    Channel i of a head is paired with channel i + D/2. Angles come from the configuration alone: no parameter and
+    no buffer that a sharded or meta-device model would have to carry.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim = head_dim
+        self.theta = theta
+        self._frequencies: dict[torch.device, Tensor] = {}
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors of ``rotate`` for positions [T]: cos and sign-carrying sin, [T,1,D] each."""
+        frequencies = self._frequencies.get(positions.device)
+        if frequencies is None:
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
+            half = 1.0 / self.theta**exponents
+            # The sign of the sine rides on the frequency: rotate() then needs no negation.
+            frequencies = torch.cat((-half, half))
+            self._frequencies[positions.device] = frequencies
+        angle = (positions.to(torch.float32)[:, None] * frequencies)[:, None, :]
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x: [T,heads,D]
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with biases on query, key and value only."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_size
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:  # [T,H] -> [T,H]
+        heads = (x.shape[0], -1, self.head_dim)
+        q = Rotary.rotate(self.q_proj(x).view(heads), cos, sin)  # [T,Hq,D]
+        k = Rotary.rotate(self.k_proj(x).view(heads), cos, sin)  # [T,Hkv,D]
+        v = self.v_proj(x).view(heads)  # [T,Hkv,D]
+        return self.o_proj(attention(self.layer, q, k, v).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T,H] -> [T,H]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One block: attention, then feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:  # [T,H] -> [T,H]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm: what Hugging Face names ``model.``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_size, config.rope_theta)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:  # [T] -> [T,H]
+        x = self.embed_tokens(input_ids)
+        cos, sin = self.rotary.angles(positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attention)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """A decoder with its output head. Weights start from ``init_weights(0)``, or empty on the meta device.
+
+    Args:
+        config: sizes and constants; ``tie_word_embeddings`` makes the embedding serve as the head, and then the
+            state dict has no ``lm_head.weight``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.model.norm.weight.is_meta:
+            self.init_weights(0)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, first to last: the units of sharding."""
+        return self.model.layers
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the head, [V,H]."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Runs the decoder over a packed stream.
+
+        Args:
+            input_ids: [T] int64.
+            positions: [T] integers, each token's place in its own sequence.
+            attention: which tokens see which; see :class:`Attention`.
+            targets: [T] int64, the token to score at each place, -100 for none.
+            temperature: divides the logits of the scores.
+            entropy: whether the entropy of each place is wanted too.
+
+        Returns:
+            Without targets the normalised hidden states [T,H]. With targets ``(logprob[T], entropy[T] or None)`` in
+            float32, as ``kernels.grouped_logprob`` defines them.
+        """
+        hidden = self.model(input_ids, positions, attention)
+        if targets is None:
+            return hidden
+        return grouped_logprob(hidden, self.output_weight, targets, temperature=temperature, entropy=entropy)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fills every parameter: the same values for the same seed on every device and rank.
+
+        Matrices are normal with ``initializer_range``; those that write into the residual stream are smaller by
+        sqrt(2 x layers), so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019, 2.3).
+        Biases start at 0 and norms at 1.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            std = self.config.initializer_range * scale
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, std, generator=generator))

@@ -1,0 +1,161 @@
+"""The one optimisation step of every recipe: accumulate over micro-batches, clip, update.
+
+The loss is a sum whose divisor, a count over all ranks and micro-batches, is known before the backward pass; so
+neither the split into micro-batches nor the number of ranks can change the update.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .batch import Batch, empty_batch
+from .mesh import Mesh
+from .optim import AdamW, clip_grad_norm
+from .shard import ShardedModel
+
+LossFunction = Callable[[ShardedModel, Batch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that was not finite.
+
+    Attributes:
+        names: the parameters whose gradient was not finite in the last of them, over all ranks.
+    """
+
+    def __init__(self, message: str, names: list[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did, the same on every rank.
+
+    Attributes:
+        loss: summed over micro-batches and ranks.
+        grad_norm: global, before clipping.
+        lr: the learning rate.
+        skipped: nothing was changed, because the loss or the norm was not finite.
+        stats: the loss function's, added up over micro-batches and ranks; extremes where a name ends in _max or _min.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool = False
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def optimise(
+    policy: ShardedModel,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    loss_fn: LossFunction,
+    *,
+    mesh: Mesh,
+    lr: float,
+    max_grad_norm: float,
+    max_bad_steps: int = 5,
+    bad_batch_folder: Path | None = None,
+) -> Update:
+    """Make one update from this rank's micro-batches; a collective.
+
+    Ranks may have different numbers of micro-batches, or none: the shorter ones go on with empty batches.
+
+    Args:
+        policy: its shards' gradients are dropped before and after.
+        optimizer: over ``policy.shards``.
+        batches: this rank's micro-batches.
+        loss_fn: ``(policy, batch)`` -> the scalar sum of this batch's losses, divided by the GLOBAL count, and 0-dim
+            statistics. It runs the policy's forward exactly once, also on an empty batch.
+        mesh: the ranks.
+        lr: learning rate of this step.
+        max_grad_norm: global norm to clip at; 0 for no clipping.
+        max_bad_steps: so many steps in a row that are not finite end the run.
+        bad_batch_folder: where each rank leaves the batches of the step that ended the run, for torch.load.
+
+    Raises:
+        ValueError: no rank has a batch.
+        NonFiniteError: the ``max_bad_steps``-th step in a row was not finite.
+    """
+    count = int(mesh.all_reduce(torch.tensor([len(batches)], device=mesh.device), "max").item())
+    if count == 0:
+        raise ValueError("no rank has a batch to learn from; leave the step out.")
+    batches = [*batches, *(empty_batch(mesh.device) for _ in range(count - len(batches)))]
+    policy.zero_grad()
+    totals: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        loss, stats = loss_fn(policy, batch)
+        policy.backward(loss)
+        _accumulate(totals, {"loss": loss, **stats})
+        del loss, stats  # they hold the graph, which the next forward need not live beside
+    grad_norm = clip_grad_norm(policy.shards, max_grad_norm, mesh)
+    reduced = _over_ranks(totals, mesh)
+    loss_sum = reduced.pop("loss")
+    update = Update(loss_sum, grad_norm, lr, not (math.isfinite(loss_sum) and math.isfinite(grad_norm)), reduced)
+    if update.skipped:
+        _leave_out(policy, optimizer, batches, update, mesh, max_bad_steps, bad_batch_folder)
+    else:
+        optimizer.step(lr)
+    policy.zero_grad()
+    return update
+
+
+def _leave_out(
+    policy: ShardedModel,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    update: Update,
+    mesh: Mesh,
+    max_bad_steps: int,
+    folder: Path | None,
+) -> None:
+    """Count and say a step that is not finite, and end the run when it was one too many."""
+    in_row = optimizer.skip()
+    found = mesh.all_gather_object([name for shard in policy.shards for name in shard.nonfinite()])
+    names = sorted({name for names in found for name in names})
+    message = (
+        f"step left out: loss {update.loss}, gradient norm {update.grad_norm}, "
+        f"{in_row} in a row; not finite: {', '.join(names[:5]) or 'no gradient'}{' …' if len(names) > 5 else ''}"
+    )
+    if mesh.rank == 0:
+        logger.warning(message)
+    if in_row < max_bad_steps:
+        return
+    policy.zero_grad()
+    kept = ""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save([asdict(batch) for batch in batches], folder / f"bad-batches-rank-{mesh.rank}.pt")
+        kept = f"; the batches are in {folder}"
+    raise NonFiniteError(message + kept, names)
+
+
+def _merge(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    if name.endswith("_max"):
+        return torch.maximum(ours, theirs)
+    if name.endswith("_min"):
+        return torch.minimum(ours, theirs)
+    return ours + theirs
+
+
+def _accumulate(totals: dict[str, torch.Tensor], stats: Mapping[str, torch.Tensor]) -> None:
+    for name, value in stats.items():
+        value = value.detach().double()
+        totals[name] = _merge(name, totals[name], value) if name in totals else value
+
+
+def _over_ranks(totals: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, float]:
+    """Totals over all ranks, in the order of the ranks; one transfer from the device, one collective."""
+    own = dict(zip(totals, torch.stack([value.reshape(()) for value in totals.values()]).tolist(), strict=True))
+    merged: dict[str, torch.Tensor] = {}
+    for row in mesh.all_gather_object(own):
+        _accumulate(merged, {name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()})
+    return {name: value.item() for name, value in merged.items()}

@@ -1,0 +1,1 @@
+"""One entry point a recipe, for ``torchrun -m groupwise.recipes.NAME``."""

@@ -1,0 +1,147 @@
+"""Group-relative policy optimisation: groups of trajectories with executed code, rewards, clamped-delta loss.
+
+    torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.grpo train
+
+Starts from ``model.folder`` or from the run's SFT model, which also is the frozen reference; takes its tasks from the
+data of ``recipes.synthesize``; writes ``RUN/grpo/model``. Source of the objective: DAPO, arXiv 2503.14476, with the
+masking of DataMind, arXiv 2509.25084, and the reward curriculum of Datarus-R1, arXiv 2508.13382.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+from ..engine.batch import Batch, pack
+from ..engine.hf import load_hf
+from ..engine.metrics import Timer, peak_memory_gib
+from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
+from ..engine.reference import Reference
+from ..engine.schedule import Schedule
+from ..engine.step import Update
+from ..rewards.curriculum import score, structure_schedule
+from ..rollout.task import read_tasks
+from ..rollout.trajectory import Group
+from .policy import compute_dtype, load_policy, save_policy
+from .rollouts import Rollouts
+from .run import Run, launch
+from .training import Training, places
+
+
+def grpo(run: Run) -> Path:
+    """Trains the policy by its own rollouts and returns the folder of the trained model."""
+    folder, settings = run.folder / "grpo", run.config.grpo
+    if (folder / "model").exists():
+        return folder / "model"
+    first = Path(run.config.model.folder or run.folder / "sft" / "model")
+    policy = load_policy(run, first)
+    reference = Reference(load_hf(first), run.mesh, compute_dtype(run)) if settings.beta else None
+    tasks = list(read_tasks(run.folder / "data" / "prompts.jsonl"))
+    structure = structure_schedule(run.config.reward, settings.steps)
+    loss_fn = partial(
+        policy_loss,
+        temperature=run.config.rollout.temperature,
+        clip_low=settings.epsilon,
+        clip_high=settings.epsilon_high,
+        beta=settings.beta,
+        delta_max=settings.delta_max,
+    )
+    lr = Schedule("constant", settings.lr, settings.lr, settings.steps, settings.warmup_steps)
+    training = Training(run, policy, "grpo", settings.steps, lr)
+    with Rollouts(run, policy) as rollouts:
+        for step in training.steps():
+            timer = Timer(run.mesh.device)
+            with timer("generate"):
+                groups = rollouts.sample(
+                    [tasks[i] for i in my_places(run, step, len(tasks))],
+                    settings.num_generations,
+                    temperature=run.config.rollout.temperature,
+                    top_p=run.config.rollout.top_p,
+                    seed=run.config.run.seed * 1_000_003 + step,
+                )
+            with timer("reward"):
+                score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
+                batches = to_batches(run, groups)
+            with timer("reference"):
+                for batch in batches if reference else ():
+                    batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
+            with timer("update"):
+                update = training.update(step, batches, loss_fn)
+            training.metrics.log(step, measure(run, groups, update, timer))
+    save_policy(run, policy, folder / "model")
+    return folder / "model"
+
+
+def my_places(run: Run, step: int, total: int) -> list[int]:
+    """The tasks of a step that this rank samples."""
+    chosen = places(step, run.config.grpo.prompts_per_step, total, run.config.run.seed)
+    return chosen[run.mesh.rank :: run.mesh.world_size]
+
+
+def to_batches(run: Run, groups: Sequence[Group]) -> list[Batch]:
+    """Advantages, loss weights by the global count, and packing; a group without contrast has no part in the loss."""
+    settings = run.config.grpo
+    examples = []
+    for number, group in enumerate(groups):
+        if not informative([trajectory.rewards["answer"] for trajectory in group.trajectories]):
+            continue
+        advantages = group_advantages([t.reward for t in group.trajectories], settings.scale_rewards).tolist()
+        for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
+            trajectory.advantage = advantage
+            examples.append(trajectory.to_example(mask_void=settings.mask_void, group=number))
+    counts = count(examples).summed(run.mesh)
+    if not counts.tokens:
+        return []  # nothing to learn from: weight decay alone must not move the weights either
+    weigh(
+        examples,
+        counts,
+        loss_type=settings.loss_type,
+        max_completion_tokens=run.config.rollout.max_trajectory_tokens,
+    )
+    return pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device)
+
+
+def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:
+    """The record of a step over all ranks, by the names practitioners read."""
+    mine = [
+        {
+            "group": f"{run.mesh.rank}:{number}",
+            "reward": trajectory.reward,
+            "parts": trajectory.rewards,
+            "tokens": trajectory.completion_tokens,
+            "turns": trajectory.turns,
+            "clipped": trajectory.status in ("token_limit", "turn_limit"),
+            "executions": [execution.ok for execution in trajectory.executions],
+        }
+        for number, group in enumerate(groups)
+        for trajectory in group.trajectories
+    ]
+    rows = [row for part in run.mesh.all_gather_object(mine) for row in part]
+    by_group: dict[str, list[float]] = {}
+    for row in rows:
+        by_group.setdefault(row["group"], []).append(row["reward"])
+    executions = [ok for row in rows for ok in row["executions"]]
+    record = {
+        "reward": fmean(row["reward"] for row in rows),
+        "reward_std": fmean(stdev(rewards) for rewards in by_group.values()),
+        "frac_reward_zero_std": fmean(len(set(rewards)) == 1 for rewards in by_group.values()),
+        "completions/mean_length": fmean(row["tokens"] for row in rows),
+        "completions/clipped_ratio": fmean(row["clipped"] for row in rows),
+        "completions/mean_turns": fmean(row["turns"] for row in rows),
+        "tools/failure_frequency": 1 - fmean(executions) if executions else 0.0,
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "lr": update.lr,
+        "skipped_steps": float(update.skipped),
+        "perf/peak_memory_gib": peak_memory_gib(run.mesh.device),
+    }
+    record |= {f"rewards/{name}": fmean(row["parts"][name] for row in rows) for name in rows[0]["parts"]}
+    return {**record, **summarise(update.stats), **timer.metrics()}
+
+
+def _recipe(run: Run) -> None:
+    run.say(f"model: {grpo(run)}")
+
+
+if __name__ == "__main__":
+    launch(_recipe)

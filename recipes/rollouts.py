@@ -1,0 +1,83 @@
+"""Where a policy meets its environment: one sampler and one sandbox that stages share."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from ..rollout.agent import AgentLimits, run_agent
+from ..rollout.sampler import Sampler, SamplingParams
+from ..rollout.sandbox import Limits, Sandbox
+from ..rollout.task import Task
+from ..rollout.trajectory import Group
+from .policy import Policy
+from .run import Run
+
+
+class Rollouts:
+    """Samples groups of trajectories from a policy whose weights may change between calls.
+
+    Args:
+        run: configuration and ranks.
+        policy: what is sampled from; its weights are whole only while it samples.
+    """
+
+    def __init__(self, run: Run, policy: Policy) -> None:
+        settings = run.config.rollout
+        self._policy = policy
+        self._limits = AgentLimits(
+            max_turns=settings.max_turns,
+            max_tokens_per_turn=settings.max_tokens_per_turn,
+            max_trajectory_tokens=settings.max_trajectory_tokens,
+            max_observation_tokens=settings.max_observation_tokens,
+            max_consecutive_errors=settings.max_consecutive_errors,
+        )
+        self.sampler = Sampler(
+            policy.model.module,
+            policy.tokenizer,
+            kv_memory_gib=settings.kv_memory_gib,
+            block_size=settings.block_size,
+            concurrency=settings.concurrency,
+        )
+        self.sandbox = open_sandbox(run)
+
+    def sample(
+        self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int
+    ) -> list[Group]:
+        """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together."""
+        with self._policy.model.gathered():
+            self.sampler.flush()
+            return run_agent(
+                self.sampler,
+                self.sandbox,
+                tasks,
+                tokenizer=self._policy.tokenizer,
+                num_generations=num_generations,
+                params=SamplingParams(
+                    temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
+                ),
+                limits=self._limits,
+                seed=seed,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sandbox.close()
+
+
+def open_sandbox(run: Run) -> Sandbox:
+    """A sandbox with the configured limits."""
+    settings = run.config.sandbox
+    limits = Limits(
+        wall_s=settings.wall_s,
+        cpu_s=settings.cpu_s,
+        memory_gib=settings.memory_gib,
+        processes=settings.processes,
+        file_mib=settings.file_mib,
+        output_bytes=settings.output_bytes,
+        isolation=settings.isolation,
+    )
+    return Sandbox(limits, workers=settings.workers)

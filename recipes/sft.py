@@ -1,0 +1,74 @@
+"""Supervised fine-tuning on expert trajectories: the loss is on what the expert wrote, not on what it read.
+
+    torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.sft train
+
+Reads the trajectories that ``recipes.synthesize`` left in the run's folder; starts from ``model.folder``, or from random
+weights and a tokenizer trained on the same trajectories; writes ``RUN/sft/model``, a Hugging Face folder.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+
+from ..data.trajectories import Expert, read_experts
+from ..engine.batch import Example, balance, pack
+from ..engine.objective import count, sft_loss, weigh
+from ..engine.schedule import Schedule
+from ..engine.tokenizer import Tokenizer
+from ..rollout.grammar import GRAMMARS, all_tags
+from ..rollout.trajectory import encode_spans, spans_to_example
+from .policy import Policy, create_policy, load_policy, save_policy
+from .run import Run, launch
+from .training import Training, places
+
+
+def sft(run: Run) -> Path:
+    """Fits the policy to the expert trajectories and returns the folder of the fitted model."""
+    folder, settings, mesh = run.folder / "sft", run.config.sft, run.mesh
+    if (folder / "model").exists():
+        return folder / "model"
+    experts = list(read_experts(run.folder / "data" / "sft.jsonl"))
+    policy = first_policy(run, experts)
+    examples = [to_example(expert, policy.tokenizer, settings.prompt_loss_weight) for expert in experts]
+    lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
+    training = Training(run, policy, "sft", settings.steps, lr)
+    for step in training.steps():
+        chosen = places(step, settings.sequences_per_step, len(examples), run.config.run.seed)
+        mine = [copy(example) for example in balance([examples[i] for i in chosen], mesh.world_size)[mesh.rank]]
+        weigh(mine, count(mine).summed(mesh))
+        update = training.update(step, pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device), sft_loss)
+        training.metrics.log(step, {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
+    save_policy(run, policy, folder / "model")
+    return folder / "model"
+
+
+def first_policy(run: Run, experts: Sequence[Expert]) -> Policy:
+    """The configured checkpoint, or random weights with a tokenizer trained on the experts' texts."""
+    if run.config.model.folder:
+        return load_policy(run, Path(run.config.model.folder))
+    folder = run.folder / "tokenizer"
+    if run.is_main and not folder.exists():
+        texts = [f"{e.task.description}\n{e.task.question}\n{''.join(text for _, text in e.spans)}" for e in experts]
+        Tokenizer.train(texts, run.config.model.vocab_size, all_tags()).save(folder)
+    run.mesh.barrier()
+    return create_policy(run, Tokenizer.from_folder(folder))
+
+
+def to_example(expert: Expert, tokenizer: Tokenizer, prompt_weight: float) -> Example:
+    """A trajectory as token ids; what the teacher wrote wrong on purpose is read, not imitated."""
+    prompt = GRAMMARS[expert.grammar].prompt(expert.task, tokenizer)
+    spans = [
+        (("forced" if index in expert.mistakes else writer), text) for index, (writer, text) in enumerate(expert.spans)
+    ]
+    encoded = encode_spans([("prompt", prompt), *spans], tokenizer)
+    example = spans_to_example(encoded, prompt_weight=prompt_weight)
+    example.expert, example.old_logprobs = True, None
+    return example
+
+
+def _recipe(run: Run) -> None:
+    run.say(f"model: {sft(run)}")
+
+
+if __name__ == "__main__":
+    launch(_recipe)

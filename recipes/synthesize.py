@@ -1,0 +1,83 @@
+"""Real tables -> tasks with known answers -> expert trajectories whose code was executed.
+
+    python -m groupwise.recipes.synthesize train [tables=DIR]
+
+Writes into ``RUN/data``: ``sft.jsonl`` (expert trajectories), ``prompts.jsonl`` (tasks for GRPO), ``eval.jsonl`` (tasks on
+tables that neither of them saw), the tables' views below ``tables/``, and ``report.json``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..data.tables import find_tables, shared_headers, split_tables
+from ..data.tasks import Problem, evaluation_views, headers, make_problems, training_views
+from ..data.trajectories import build_trajectories, write_experts
+from ..engine.config import Config
+from ..engine.metrics import ProgressBar
+from ..rollout.sandbox import Sandbox
+from ..rollout.task import write_tasks
+from .rollouts import open_sandbox
+from .run import Run, launch, write_atomically
+
+
+def synthesize(run: Run) -> Path:
+    """Makes the data of a run, on its first rank, and returns the folder; complete data is left as it is."""
+    folder = run.folder / "data"
+    if run.is_main and not (folder / "report.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with open_sandbox(run) as sandbox:
+                report = _make(run.config, folder, sandbox)
+            write_atomically(folder / "report.json", json.dumps(report, indent=1))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # the files of tasks that no list names
+            raise
+    run.mesh.barrier()
+    return folder
+
+
+def _make(config: Config, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
+    data, seed = config.data, config.run.seed
+    tables, dropped = find_tables(data.tables or None, max_rows=data.max_rows)
+    training, held_out = split_tables(tables, seed=seed)
+    modes = {"datamind": 1 - data.agentic - data.reflection, "agentic": data.agentic, "reflection": data.reflection}
+    strata = {
+        "success": 1 - data.corrected - data.self_corrected - data.failure,
+        "corrected": data.corrected,
+        "self_corrected": data.self_corrected,
+        "failure": data.failure,
+    }
+
+    def problems(name: str, count: int, num_views: int) -> list[Problem]:
+        if name == "eval":
+            views = evaluation_views(held_out, num_views, seed=seed)
+        else:
+            # Names of the evaluation tables never come up in training.
+            views = training_views(training, num_views, seed=seed, stream=name, avoid=headers(held_out))
+        return make_problems(views, count, seed=seed, name=name, folder=folder / "tables", modes=modes)
+
+    to_solve = problems("sft", data.num_trajectories, data.num_views)
+    with ProgressBar(len(to_solve), "synthesize") as bar:
+        experts, report = build_trajectories(to_solve, sandbox, seed=seed, strata=strata, on_done=bar.advance)
+    write_experts(folder / "sft.jsonl", experts)
+    write_tasks(folder / "prompts.jsonl", (p.task for p in problems("grpo", data.num_prompts, data.num_prompts // 2 + 1)))
+    write_tasks(folder / "eval.jsonl", (p.task for p in problems("eval", data.num_eval_tasks, data.num_eval_tasks // 2 + 1)))
+    return {
+        **report.to_dict(),
+        "training_tables": sorted(table.name for table in training),
+        "evaluation_tables": sorted(table.name for table in held_out),
+        "shared_headers": shared_headers(training, held_out),
+        "dropped_tables": {drop.source: drop.reason for drop in dropped},
+    }
+
+
+def _recipe(run: Run) -> None:
+    folder = synthesize(run)
+    report = json.loads((folder / "report.json").read_text())
+    run.say(json.dumps({key: report[key] for key in ("count", "types", "strata", "grammars", "dropped")}, indent=1))
+
+
+if __name__ == "__main__":
+    launch(_recipe)

@@ -1,0 +1,110 @@
+"""A policy in training: its optimiser, its learning rate, its checkpoints and its metrics, for SFT and GRPO alike."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..engine.batch import Batch
+from ..engine.checkpoint import latest, load_checkpoint, save_checkpoint
+from ..engine.metrics import Metrics, progress
+from ..engine.optim import AdamW
+from ..engine.schedule import Schedule
+from ..engine.step import LossFunction, Update, optimise
+from .policy import Policy
+from .run import Run
+
+LINE_EVERY = 10  # steps between two lines on the console
+
+class Training:
+    """Steps that resume where the newest checkpoint says.
+
+    Args:
+        run: configuration and ranks.
+        policy: what is trained; its weights are replaced by the checkpoint's where there is one.
+        phase: name of the stage; its checkpoints go to ``RUN/PHASE``, its metrics to ``RUN/PHASE.jsonl``.
+        stop: number of steps.
+        lr: learning rate by step.
+    """
+
+    def __init__(self, run: Run, policy: Policy, phase: str, stop: int, lr: Schedule) -> None:
+        settings = run.config.optimizer
+        self.run, self.policy, self.phase, self.stop, self.lr = run, policy, phase, stop, lr
+        self.folder = run.folder / phase
+        self.optimizer = AdamW(
+            policy.model.shards,
+            lr=lr(0),
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.start = 0
+        if latest(self._checkpoints) is not None:
+            state = load_checkpoint(
+                self._checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh
+            )
+            self.start = state["step"]
+            run.say(f"{phase}: resumed after step {self.start}")
+        self.metrics = Metrics(
+            run.folder, run.mesh, phase=phase, start_step=self.start, total_steps=stop, console_every=LINE_EVERY
+        )
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar; saves when due and before it obeys a signal."""
+        every = self.run.config.run.checkpoint_every
+        with self.metrics, self.run.stop_between_steps():
+            for step in progress(range(self.start, self.stop), self.phase, rank=self.run.mesh.rank):
+                yield step
+                done = step + 1
+                stopping = self.run.agree_to_stop()
+                if stopping or (done % every == 0 and done < self.stop):
+                    self._save(done)
+                if stopping:
+                    raise KeyboardInterrupt
+
+    def update(self, step: int, batches: Sequence[Batch], loss_fn: LossFunction) -> Update:
+        """One optimisation step on this rank's micro-batches; where no rank has any, nothing moves."""
+        settings = self.run.config.optimizer
+        any_batch = torch.tensor(float(len(batches)), device=self.run.mesh.device)
+        if not self.run.mesh.all_reduce(any_batch, op="max").item():
+            return Update(loss=0.0, grad_norm=0.0, lr=self.lr(step))
+        return optimise(
+            self.policy.model,
+            self.optimizer,
+            batches,
+            loss_fn,
+            mesh=self.run.mesh,
+            lr=self.lr(step),
+            max_grad_norm=settings.max_grad_norm,
+            max_bad_steps=settings.max_bad_steps,
+            bad_batch_folder=self.folder,
+        )
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(
+            self._checkpoints,
+            model=self.policy.model,
+            optimizer=self.optimizer,
+            state={"step": step},
+            mesh=self.run.mesh,
+            keep=self.run.config.run.keep_checkpoints,
+        )
+
+
+def places(step: int, size: int, total: int, seed: int) -> list[int]:
+    """Which of ``total`` items make step ``step``: epochs in random order, a function of the step alone.
+
+    So a resumed run goes on where it stopped, and every rank draws the same.
+    """
+    return [_order(seed, place // total, total)[place % total] for place in range(step * size, (step + 1) * size)]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(total).tolist()

@@ -1,0 +1,1 @@
+"""One policy talking to one environment: sampler, sandbox, grammars, the many-turn loop."""

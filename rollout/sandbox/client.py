@@ -1,0 +1,336 @@
+"""`Sandbox`: runs model-written Python apart from this process, in milliseconds, and leaves nothing behind.
+
+    with Sandbox(Limits(wall_s=5)) as sandbox:
+        print(sandbox.run("import pandas as pd; print(pd.read_csv('t.csv').shape)", files=["/data/t.csv"]).output)
+
+A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the
+child has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes only
+in its private folder, and starts no program (`kernel.py`; `Sandbox.enforced()` lists what holds on this machine).
+
+Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths exist; use of
+the processors up to the limits; many files that are each small; and, without namespaces, UDP traffic and changes of
+mode or owner of files that belong to the user.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...engine.errors import UserError
+from .calls import refusal
+from .limits import Limits
+
+HERE = str(Path(__file__).parent)
+# The server's files are loaded as a package of their own: importing this one would need its dependencies there.
+BOOT = (
+    "import importlib.util as u, sys; folder = sys.argv.pop(1); "
+    "spec = u.spec_from_file_location('_sandbox', folder + '/__init__.py', submodule_search_locations=[folder]); "
+    "sys.modules['_sandbox'] = u.module_from_spec(spec); from _sandbox.server import main; main()"
+)
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONUTF8": "1",
+    "PYTHONHASHSEED": "0",  # The same code prints sets in the same order every time.
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+START_S = 120.0
+CLOSE_S = 5.0
+ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The result of one execution.
+
+    Args:
+        ok: whether the code ended without an error, by its exit status.
+        output: stdout and stderr, capped, with a short traceback or the reason at the end if it failed.
+        verdict: "ok", "error", "timeout", "memory", "killed" (crashed or ended from outside), "refused".
+        wall_s: seconds, replayed history included, waiting for a worker not.
+    """
+
+    ok: bool
+    output: str
+    verdict: str
+    wall_s: float
+
+
+@dataclass
+class _Pending:
+    request: bytes
+    future: Future[Execution]
+    attempts: int = 1
+
+
+class _Link:
+    """The connection to one server process after another. `Sandbox` is its handle, so that it can be collected."""
+
+    def __init__(self, limits: Limits, workers: int) -> None:
+        self.limits, self.workers = limits, workers
+        self.lock = threading.Lock()
+        self.pending: dict[int, _Pending] = {}
+        self.closed = False
+        self.restarts = 0
+        self.base = tempfile.mkdtemp(prefix="groupwise-sandbox-")
+        try:
+            self.hello = self._start()
+        except BaseException:
+            shutil.rmtree(self.base, ignore_errors=True)
+            raise
+        self.reader = threading.Thread(target=self._read_replies, name="sandbox", daemon=True)
+        self.reader.start()
+
+    def _start(self) -> dict[str, Any]:
+        """Starts a server and waits until it is warm."""
+        self.channel, theirs = socket.socketpair()
+        settings = {
+            "channel": theirs.fileno(), "base": self.base, "workers": self.workers, "limits": asdict(self.limits)
+        }  # fmt: skip
+        with theirs, tempfile.TemporaryFile() as errors:
+            # -P and -s: neither the current folder nor the user's packages; -I would also ignore the hash seed.
+            command = [sys.executable, "-P", "-s", "-c", BOOT, HERE, json.dumps(settings)]
+            self.process = subprocess.Popen(
+                command, env={**ENVIRONMENT, "HOME": self.base}, cwd=self.base, pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            theirs.close()
+            self.channel.settimeout(START_S)
+            try:
+                frame = _receive(self.channel)
+            except (OSError, EOFError) as error:
+                self._end_process(0.0)
+                errors.seek(0)
+                lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+                reason = lines[-1] if lines else f"no answer within {START_S:g} s"
+                raise UserError(f"the sandbox server did not start: {reason}") from error
+            self.channel.settimeout(None)
+        return dict(json.loads(frame))
+
+    def send(self, number: int, pending: _Pending) -> None:
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the sandbox is closed")
+            self.pending[number] = pending
+            try:
+                self.channel.sendall(pending.request)
+            except OSError:
+                pass  # The server died; the reader starts another one and sends again.
+
+    def _read_replies(self) -> None:
+        while True:
+            try:
+                result = json.loads(_receive(self.channel))
+            except (OSError, EOFError, ValueError):
+                if not self._restart():
+                    return
+                continue
+            with self.lock:
+                pending = self.pending.pop(result["id"], None)
+            if pending is None:
+                continue
+            if "failure" in result:
+                _settle(pending.future, error=RuntimeError(result["failure"]))
+            else:
+                verdict = result["verdict"]
+                _settle(pending.future, Execution(verdict == "ok", result["output"], verdict, result["wall_s"]))
+
+    def _restart(self) -> bool:
+        """After the server died: another one gets what was under way once more; False when closed or impossible."""
+        lost: list[_Pending] = []
+        with self.lock:
+            if self.closed:
+                return False
+            self.restarts += 1
+            self._end_process(0.0)
+            try:
+                _empty(self.base)
+                self._start()
+            except (UserError, OSError) as error:
+                self.closed = True
+                for pending in self.pending.values():
+                    _settle(pending.future, error=RuntimeError(f"the sandbox server died and cannot be restarted: {error}"))
+                self.pending.clear()
+                return False
+            for number, pending in list(self.pending.items()):
+                pending.attempts += 1
+                if pending.attempts > ATTEMPTS:
+                    lost.append(self.pending.pop(number))
+                    continue
+                try:
+                    self.channel.sendall(pending.request)
+                except OSError:
+                    break  # It died again; the reader sees that next.
+        for pending in lost:
+            _settle(pending.future, Execution(False, "Killed: the sandbox server was ended twice\n", "killed", 0.0))
+        return True
+
+    def close(self) -> None:
+        with self.lock:
+            if self.closed and self.process.returncode is not None and not os.path.lexists(self.base):
+                return
+            self.closed = True
+        try:
+            self.channel.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._end_process(CLOSE_S)
+        if self.reader is not threading.current_thread():
+            self.reader.join(CLOSE_S)
+        for pending in self.pending.values():
+            _settle(pending.future, error=RuntimeError("the sandbox was closed before this execution ended"))
+        self.pending.clear()
+        _empty(self.base)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def _end_process(self, patience_s: float) -> None:
+        try:
+            self.process.wait(patience_s) if patience_s else None
+        except subprocess.TimeoutExpired:
+            pass
+        if self.process.poll() is None:
+            # What was started is the guard of the server: asked to, it ends the server and waits for it.
+            self.process.terminate()
+            try:
+                self.process.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+        self.channel.close()
+
+
+class Sandbox:
+    """Runs code in isolated processes.
+
+    Args:
+        limits: what one execution may use.
+        workers: executions at once.
+
+    Raises:
+        UserError: the server cannot start, or the machine isolates nothing and `limits.isolation` is "auto".
+    """
+
+    def __init__(self, limits: Limits | None = None, workers: int = 2) -> None:
+        if sys.platform != "linux":
+            raise UserError(f"the sandbox needs Linux, this is {sys.platform}")
+        if workers < 1:
+            raise UserError(f"workers is {workers}; expected at least 1")
+        self.limits = limits or Limits()
+        self._link = _Link(self.limits, workers)
+        # Runs at garbage collection and at interpreter exit, once.
+        self._finalizer = weakref.finalize(self, self._link.close)
+        self._numbers = itertools.count()
+        if self.limits.isolation == "auto" and not self._link.hello["isolates"]:
+            self.close()
+            raise UserError(
+                "this machine grants neither namespaces nor Landlock, so model code cannot be isolated; "
+                "set isolation = 'none' to run it nevertheless"
+            )
+
+    def run(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Execution:
+        """Runs one chunk and waits for it; see `submit`."""
+        return self.submit(code, files, history).result()
+
+    def submit(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
+        """Runs one chunk of Python.
+
+        Args:
+            code: the new chunk; only its output is returned.
+            files: paths that the code sees under their basenames in its working folder, read-only.
+            history: earlier chunks, run again before it in the same namespace with their output discarded.
+
+        Returns:
+            A future of the result. It raises RuntimeError where the sandbox itself failed (no space left, closed).
+
+        Raises:
+            UserError: a file is missing, or two have the same name.
+        """
+        paths = [os.path.abspath(path) for path in files]
+        for path in paths:
+            if not os.path.isfile(path):
+                raise UserError(f"the task's file {path} does not exist")
+        if len({os.path.basename(path) for path in paths}) < len(paths):
+            raise UserError(f"two of the task's files have the same name: {', '.join(paths)}")
+        future: Future[Execution] = Future()
+        if reason := refusal(code):
+            future.set_result(Execution(False, reason + "\n", "refused", 0.0))
+            return future
+        number = next(self._numbers)
+        request = {"id": number, "code": code, "history": list(history), "files": paths}
+        data = json.dumps(request).encode()
+        self._link.send(number, _Pending(struct.pack(">I", len(data)) + data, future))
+        return future
+
+    def enforced(self) -> tuple[str, ...]:
+        """What the kernel of this machine enforces on each execution, one entry each."""
+        return tuple(self._link.hello["enforced"])
+
+    @property
+    def restarts(self) -> int:
+        """How often the server died and was started again."""
+        return self._link.restarts
+
+    @property
+    def server_pid(self) -> int:
+        """Process id of the server."""
+        return self._link.process.pid
+
+    def close(self) -> None:
+        """Ends the server and all that runs; futures under way raise RuntimeError. More than once does no harm."""
+        self._finalizer()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _receive(channel: socket.socket) -> bytes:
+    """One frame; EOFError when the other side is gone."""
+    size = struct.unpack(">I", _receive_exactly(channel, 4))[0]
+    return _receive_exactly(channel, size)
+
+
+def _receive_exactly(channel: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = channel.recv(count - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return bytes(data)
+
+
+def _settle(future: Future[Execution], result: Execution | None = None, error: Exception | None = None) -> None:
+    """Completes a future unless its owner cancelled it."""
+    if future.set_running_or_notify_cancel():
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+
+def _empty(folder: str) -> None:
+    """Removes what executions that were ended in the middle left behind."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)

@@ -1,0 +1,79 @@
+"""A task: one question about some tables, with the answer that is known to be right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..engine.errors import UserError
+
+MODES = ("datamind", "agentic", "reflection")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One question.
+
+    Args:
+        id: unique in its data set; it names the task in records and seeds its random stream.
+        question: what is asked, in words.
+        files: absolute paths; the code sees each under its basename in its working folder.
+        description: the tables' metadata as text, shown in front of the question.
+        answer: the right answer, as text.
+        answer_type: how an answer is compared: "number", "choice", "text", ...
+        task_type: one of the eighteen types of `data.taxonomy`.
+        mode: the grammar that the prompt asks for, one of `MODES`.
+        table: the name of the table, by which training and evaluation are kept apart.
+    """
+
+    id: str
+    question: str
+    files: tuple[str, ...]
+    description: str
+    answer: str
+    answer_type: str
+    task_type: str
+    mode: str = "datamind"
+    table: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"task {self.id!r} has mode {self.mode!r}; expected one of {', '.join(MODES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "files": list(self.files)}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Task:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: a field is unknown or missing.
+        """
+        known = {field.name for field in fields(cls)}
+        missing = known - record.keys() - {"mode", "table"}
+        if unknown := record.keys() - known:
+            raise UserError(f"task has the unknown field {min(unknown)!r}; expected {', '.join(sorted(known))}")
+        if missing:
+            raise UserError(f"task lacks the field {min(missing)!r}; expected {', '.join(sorted(known))}")
+        return cls(**{**record, "files": tuple(record["files"])})
+
+
+def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
+    """Writes one JSON object a line."""
+    lines = [json.dumps(task.to_dict(), ensure_ascii=False) + "\n" for task in tasks]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def read_tasks(path: str | Path) -> Iterator[Task]:
+    """Reads what `write_tasks` wrote; a line that is no task raises `UserError` with its number."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield Task.from_dict(json.loads(line))
+            except (json.JSONDecodeError, TypeError, KeyError, UserError, AttributeError) as error:
+                raise UserError(f"{path}, line {number} is not a task: {error}") from error

@@ -1,0 +1,202 @@
+"""What a policy and its environment wrote, token by token, with who wrote what.
+
+Token in, token out: a trajectory holds the ids that were sampled; nothing here decodes and encodes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..engine.batch import Example
+from .task import Task
+
+if TYPE_CHECKING:
+    from ..engine.tokenizer import Tokenizer
+    from .sandbox.client import Execution
+
+Writer = Literal["prompt", "model", "environment", "forced"]
+Status = Literal["answered", "void", "turn_limit", "token_limit", "error_limit"]
+
+# Trajectories that end so carry no policy-gradient loss under `mask_void` (DataMind, arXiv 2509.25084); an
+# error_limit is the policy's own doing in well-formed turns, so it keeps its loss.
+VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit"})
+
+
+@dataclass(slots=True)
+class Span:
+    """Consecutive tokens of one writer.
+
+    Args:
+        writer: "prompt" and "environment" text comes from outside; "model" tokens were sampled; "forced" tokens were put
+            into the model's text by the agent (a closing tag that it left out).
+        token_ids: the ids.
+        logprobs: model spans: each sampled id's log-probability under the temperature alone, same length; else empty.
+    """
+
+    writer: Writer
+    token_ids: list[int]
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One sample of a task, from the prompt to its end.
+
+    Args:
+        task: what was asked.
+        sample: index in its group.
+        spans: in order; the first is the prompt.
+        status: how it ended.
+        answer: the final answer's text, None without one.
+        executions: the results of the code turns, in order.
+        rewards: the reward's parts by name, filled by `rewards`.
+        reward, advantage: filled by `rewards` and the objective.
+    """
+
+    task: Task
+    sample: int
+    spans: list[Span]
+    status: Status = "void"
+    answer: str | None = None
+    executions: list[Execution] = field(default_factory=list)
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All ids, prompt included."""
+        return [token for span in self.spans for token in span.token_ids]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Number of tokens that the model wrote."""
+        return sum(len(span.token_ids) for span in self.spans if span.writer == "model")
+
+    @property
+    def turns(self) -> int:
+        """Number of model turns."""
+        return sum(span.writer == "model" for span in self.spans)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether `mask_void` takes this trajectory out of the loss."""
+        return self.status in VOID_STATUSES
+
+    def model_text(self, tokenizer: Tokenizer) -> list[str]:
+        """The text of each model turn, in order; a forced span belongs to the turn that it completes."""
+        turns: list[list[int]] = []
+        for span in self.spans:
+            if span.writer == "model":
+                turns.append(list(span.token_ids))
+            elif span.writer == "forced" and turns:
+                turns[-1] += span.token_ids
+        return [tokenizer.decode(ids) for ids in turns]
+
+    def to_record(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The trajectory in words, for files and for the terminal; training needs the ids and never reads this."""
+        return {
+            "task": self.task.to_dict(),
+            "sample": self.sample,
+            "status": self.status,
+            "answer": self.answer,
+            "reward": self.reward,
+            "rewards": self.rewards,
+            "spans": [{"writer": span.writer, "text": tokenizer.decode(span.token_ids)} for span in self.spans],
+        }
+
+    def to_example(self, *, mask_void: bool = False, group: int = -1) -> Example:
+        """The trajectory as a training example: loss weight 1 on each token that the model sampled, else 0.
+
+        Args:
+            mask_void: True gives weight 0 everywhere when the trajectory is void.
+            group: number of its group, carried along.
+        """
+        return spans_to_example(
+            self.spans, advantage=self.advantage, masked=mask_void and self.is_void, group=group
+        )
+
+
+@dataclass(slots=True)
+class Group:
+    """The samples of one task, over which advantages are taken."""
+
+    task: Task
+    trajectories: list[Trajectory]
+
+
+def spans_to_example(
+    spans: Iterable[Span],
+    *,
+    advantage: float = 0.0,
+    masked: bool = False,
+    prompt_weight: float = 0.0,
+    group: int = -1,
+    expert: bool = False,
+) -> Example:
+    """Spans as a training example, for rollouts and for expert trajectories alike.
+
+    Args:
+        masked: True gives every token the weight 0.
+        prompt_weight: weight of the prompt's tokens (SFT of very small models learns the language there too).
+        expert: the loss is the likelihood of the text (SFT).
+
+    Returns:
+        An example; its first token has weight 0, since nothing predicts it. `old_logprobs` (0 where the model wrote
+        nothing) is there only if every model span has its log-probabilities.
+    """
+    token_ids: list[int] = []
+    weights: list[float] = []
+    logprobs: list[float] = []
+    complete = True
+    for span in spans:
+        count = len(span.token_ids)
+        weight = {"model": 1.0, "prompt": prompt_weight}.get(span.writer, 0.0)
+        token_ids += span.token_ids
+        weights += [0.0 if masked else weight] * count
+        if span.writer == "model" and len(span.logprobs) != count:
+            complete = False
+        logprobs += span.logprobs if span.writer == "model" and complete else [0.0] * count
+    if weights:
+        weights[0] = 0.0
+    return Example(
+        token_ids=token_ids,
+        loss_mask=weights,
+        advantage=advantage,
+        old_logprobs=logprobs if complete else None,
+        group=group,
+        expert=expert,
+    )
+
+
+def encode_spans(spans: Iterable[tuple[Writer, str]], tokenizer: Tokenizer) -> list[Span]:
+    """Tokenises (writer, text) pairs one by one, as a rollout does, so that no token straddles two writers."""
+    return [Span(writer, tokenizer.encode(text)) for writer, text in spans]
+
+
+def cap_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
+    """Cuts a long observation in its middle: head and tail stay, a line between says how much is left out.
+
+    Args:
+        text: what the code printed.
+        max_tokens: the most tokens that the result encodes to; below about 24 the marker line takes most of them.
+    """
+    # Encoding costs time by length: of very long text only the ends are encoded.
+    widest = 32 * max_tokens + 1024
+    shown = text if len(text) <= 2 * widest else text[:widest] + text[-widest:]
+    ids = tokenizer.encode(shown)
+    if len(ids) <= max_tokens and shown is text:
+        return text
+    keep = min(max_tokens, len(ids))
+    while keep > 0:
+        head = tokenizer.decode(ids[: keep - keep // 2])
+        tail = tokenizer.decode(ids[len(ids) - keep // 2 :])
+        capped = f"{head}\n... {len(text) - len(head) - len(tail)} characters left out ...\n{tail}"
+        # The marker counts too, and a cut inside a character re-encodes longer, hence the loop.
+        excess = len(tokenizer.encode(capped)) - max_tokens
+        if excess <= 0:
+            return capped
+        keep -= excess
+    return ""

@@ -1,0 +1,68 @@
+"""Six small random tables and an in-process stand-in for the sandbox, for the tests of `data`."""
+
+import contextlib
+import io
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from groupwise.data.tables import Table
+
+
+def small_tables(count: int = 6) -> list[Table]:
+    tables = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        rows = 40 + number
+        frame = pd.DataFrame(
+            {
+                f"year{number}": np.arange(1950, 1950 + rows),
+                f"height {number} (cm)": rng.normal(170, 9, rows).round(2),
+                f"count{number}": rng.integers(0, 30, rows),
+                f"share{number}": np.where(rng.random(rows) < 0.1, np.nan, rng.random(rows).round(4)),
+                f"kind{number}": rng.choice(["red", "green", "dark blue"], rows),
+                f"grade{number}": rng.integers(1, 5, rows),
+                f"person{number}": [f"p {n}" for n in range(rows)],
+            }
+        )
+        tables.append(Table(f"table{number}", frame))
+    return tables
+
+
+@dataclass(frozen=True)
+class Ran:
+    ok: bool
+    output: str
+
+
+class InProcess:
+    """Runs code by exec, later chunks after earlier ones, each file under its base name."""
+
+    def __init__(self) -> None:
+        self.programs: list[str] = []
+
+    def submit(self, code, files=(), history=()):
+        future: Future[Ran] = Future()
+        future.set_result(self.run(code, files, history))
+        return future
+
+    def run(self, code, files=(), history=()):
+        self.programs.append(code)
+        space: dict[str, object] = {}
+        output = io.StringIO()
+        here = os.getcwd()
+        os.chdir(os.path.dirname(files[0]) if files else here)
+        try:
+            for chunk in history:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(chunk, space)
+            with contextlib.redirect_stdout(output):
+                exec(code, space)
+        except Exception as error:
+            return Ran(False, f"{output.getvalue()}{type(error).__name__}: {error}")
+        finally:
+            os.chdir(here)
+        return Ran(True, output.getvalue())

@@ -1,0 +1,121 @@
+"""One optimisation step: the same for every split and number of ranks, and not at all where something is not finite."""
+
+import logging
+import math
+from functools import partial
+
+import pytest
+import torch
+from distributed import run_ranks
+from toys import alone, small_batches, small_loss, small_model
+
+from groupwise.engine.optim import AdamW
+from groupwise.engine.shard import ShardedModel
+from groupwise.engine.step import NonFiniteError, optimise
+
+LENGTHS = [1, 3, 0]  # micro-batches of each rank
+
+
+def setup(mesh):
+    policy = ShardedModel(small_model(), mesh)
+    return policy, AdamW(policy.shards, lr=0.01, weight_decay=0.1)
+
+
+def everything(policy, optimizer):
+    return [t.clone() for t in [*(s.data for s in policy.shards), *optimizer.exp_avg, *optimizer.exp_avg_sq]]
+
+
+def batches_of(step, rank, world_size):
+    """Four micro-batches a step, dealt unevenly."""
+    batches = [batch for seed in range(4) for batch in small_batches(10 * step + seed)][:4]
+    if world_size == 1:
+        return batches
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    return batches[bounds[rank] : bounds[rank + 1]]
+
+
+def train(mesh):
+    policy, optimizer = setup(mesh)
+    step = partial(optimise, policy, optimizer, loss_fn=small_loss, mesh=mesh, lr=0.01, max_grad_norm=0.5)
+    updates = [step(batches_of(i, mesh.rank, mesh.world_size)) for i in range(4)]
+    return updates, dict(policy.state_dict_full()), [shard.grad for shard in policy.shards]
+
+
+def test_ranks_with_unequal_and_no_batches_learn_as_one():
+    (single, weights, _), ranks = train(alone()), run_ranks(train, 3)
+    for updates, theirs, grads in ranks:
+        assert updates == ranks[0][0]
+        assert grads == [None] * len(grads)
+        assert [u.loss for u in updates] == pytest.approx([u.loss for u in single], rel=1e-5)
+        assert [u.grad_norm for u in updates] == pytest.approx([u.grad_norm for u in single], rel=1e-4)
+        for name in weights:
+            torch.testing.assert_close(theirs[name], weights[name], rtol=1e-4, atol=1e-5, msg=name)
+    for update, other in zip(single, ranks[0][0], strict=True):
+        assert update.stats["tokens"] == other.stats["tokens"] > 50
+        for extreme in ("entropy_max", "logprob_min"):
+            assert update.stats[extreme] == pytest.approx(other.stats[extreme], rel=1e-4)
+
+
+def broken_loss(policy, batch, kind, rank):
+    loss, stats = small_loss(policy, batch)
+    if policy.mesh.rank == rank:
+        loss = loss * math.nan if kind == "loss" else loss + 0 * next(iter(stats.values()))
+        if kind == "gradient":
+            loss.register_hook(lambda grad: grad * math.inf)
+    return loss, stats
+
+
+def skip(mesh):
+    policy, optimizer = setup(mesh)
+    settings = {"mesh": mesh, "lr": 0.01, "max_grad_norm": 0.5}
+    optimise(policy, optimizer, small_batches(0), small_loss, **settings)
+    before, updates = everything(policy, optimizer), []
+    for kind in ("loss", "gradient"):
+        broken = partial(broken_loss, kind=kind, rank=mesh.world_size - 1)
+        updates.append(optimise(policy, optimizer, small_batches(1), broken, **settings))
+    same = all(torch.equal(a, b) for a, b in zip(before, everything(policy, optimizer), strict=True))
+    counters = optimizer.steps, optimizer.skipped, optimizer.skipped_in_row
+    good = optimise(policy, optimizer, small_batches(2), small_loss, **settings)
+    moved = not torch.equal(before[0], policy.shards[0].data)
+    return [u.skipped for u in updates], same, counters, good.skipped, moved, optimizer.skipped_in_row
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(world_size):
+    for result in run_ranks(skip, 2) if world_size == 2 else [skip(alone())]:
+        assert result == ([True, True], True, (1, 2, 2), False, True, 0)
+
+
+def test_too_many_bad_steps_end_the_run_with_names_and_batches(tmp_path, caplog):
+    policy, optimizer = setup(alone())
+    broken = partial(broken_loss, kind="gradient", rank=0)
+    settings = {"mesh": alone(), "lr": 0.01, "max_grad_norm": 0.5, "max_bad_steps": 2, "bad_batch_folder": tmp_path}
+    with caplog.at_level(logging.WARNING):
+        assert optimise(policy, optimizer, small_batches(0), broken, **settings).skipped
+    assert "1 in a row" in caplog.text
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(NonFiniteError, match="2 in a row") as raised:
+        optimise(policy, optimizer, small_batches(3), broken, **settings)
+    assert "model.layers.0.mlp.up_proj.weight" in raised.value.names
+    kept = torch.load(tmp_path / "bad-batches-rank-0.pt")
+    assert torch.equal(kept[0]["input_ids"], small_batches(3)[0].input_ids)
+
+
+def test_nothing_to_learn_from_is_said():
+    policy, optimizer = setup(alone())
+    with pytest.raises(ValueError, match="no rank has a batch"):
+        optimise(policy, optimizer, [], small_loss, mesh=alone(), lr=0.01, max_grad_norm=1.0)
+
+
+def test_a_zero_loss_moves_nothing_without_decay():
+    policy = ShardedModel(small_model(), alone())
+    optimizer = AdamW(policy.shards, lr=0.01)
+    before = everything(policy, optimizer)
+
+    def zero_loss(policy, batch):
+        loss, stats = small_loss(policy, batch)
+        return loss * 0.0, stats
+
+    update = optimise(policy, optimizer, small_batches(0), zero_loss, mesh=alone(), lr=0.01, max_grad_norm=1.0)
+    assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(policy, optimizer), strict=True))
