@@ -1,7 +1,7 @@
 """What every benchmark shares: its command line, its clock, and its report.
 
-A benchmark checks correctness before it times. A time is the median of warm runs over inputs that rotate, so that none finds
-its own in a cache; everything that is compared is timed in the same process, in turns. On a CPU only ratios are
+A benchmark checks correctness before it times. A time is the median of warm runs over inputs that rotate, so that none
+finds its own in a cache; everything that is compared is timed in the same process, in turns. On a CPU only ratios are
 reported: its absolute times say more about the machine than about the code.
 """
 

@@ -2,9 +2,9 @@
 
     python -m groupwise.bench.logprob [--shapes 8192x3584x152064] [--out FILE]
 
-``share_of_limit`` is the time of the products alone (one forward; four for forward and backward with recompute), timed in the
-same run, over ours; ``speedup`` is plain PyTorch's time over ours. Shapes are T x H x V: the heads of Qwen2.5-1.5B, 7B and
-14B on a GPU, bf16; small float32 ones on a CPU.
+``share_of_limit`` is the time of the products alone (one forward; four for forward and backward with recompute), timed
+in the same run, over ours; ``speedup`` is plain PyTorch's time over ours. Shapes are T x H x V: the heads of
+Qwen2.5-1.5B, 7B and 14B on a GPU, bf16; small float32 ones on a CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from groupwise.bench import common
 from groupwise.kernels import grouped_logprob, implementation
-from torch import Tensor
 
 GPU_SHAPES = [(8192, 1536, 151936), (8192, 3584, 152064), (8192, 5120, 152064), (32768, 5120, 152064)]
 CPU_SHAPES = [(4096, 128, 512), (1024, 256, 8192), (256, 256, 50000)]

@@ -84,8 +84,8 @@ class Unit:
         numel = self.shard.data.numel() * mesh.world_size
         self.flat = self.shard.data if self.is_master else torch.empty(numel, dtype=dtype, device=mesh.device)
         for slot, parameter in zip(slots, self.parameters, strict=True):
-            # .data: a version counter of its own, so that a second gather does not look like a change to autograd
-            parameter.data = self._view(self.flat, slot).data
+            # It keeps its own version counter, so that a second gather does not look like a change to autograd.
+            parameter.data = self._view(self.flat, slot)
             parameter.grad = None
         self.pinned = self.is_master
         self.is_whole = True

@@ -21,6 +21,7 @@ from .policy import Policy, load_policy
 from .rollouts import Rollouts
 from .run import Run, launch, write_atomically
 
+NUM_EXAMPLES = 5  # trajectories kept to be looked at
 CHUNK = 32  # tasks of a rank between two steps of the progress bar
 
 

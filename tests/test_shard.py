@@ -21,19 +21,21 @@ class CountingMesh:
     """A mesh that counts its asynchronous collectives and the elements in them."""
 
     def __init__(self, mesh):
-        self._mesh, self.calls, self.elements = mesh, Counter(), Counter()
+        self._mesh, self.calls, self.elements, self.events = mesh, Counter(), Counter(), []
 
     def __getattr__(self, name):
         return getattr(self._mesh, name)
 
     def all_gather_into(self, whole, part):
         self.calls["gather"] += 1
+        self.events.append("G")
         self.elements["gather"] += whole.numel()
         return self._mesh.all_gather_into(whole, part)
 
     def reduce_scatter_into(self, part, whole):
         assert whole.dtype == torch.float32
         self.calls["scatter"] += 1
+        self.events.append("S")
         self.elements["scatter"] += whole.numel()
         return self._mesh.reduce_scatter_into(part, whole)
 
@@ -167,6 +169,22 @@ def test_two_gathers_and_one_scatter_a_block_and_step():
     assert without_graph == {"gather": 1 + 3}
 
 
+def record_order(mesh):
+    counting = CountingMesh(mesh)
+    policy = ShardedModel(Toy(), counting)
+    for module in [*policy.module.layers, policy.module.norm]:
+        weight = module.up.weight if isinstance(module, Block) else module.weight
+        module.register_forward_pre_hook(lambda *_: counting.events.append("f"))
+        weight.register_post_accumulate_grad_hook(lambda _: counting.events.append("b"))
+    toy_loss(policy, toy_batch(0)).backward()
+    return "".join(counting.events)
+
+
+def test_collectives_run_while_the_neighbour_computes():
+    """f and b: a block's forward and backward, or the head's; a G or S before it is under way while it computes."""
+    assert run_ranks(record_order, 2)[0] == "GG" + "Gf" + "Gf" + "f" + "f" + "Gb" + "Gb" + "GSb" + "Sb" + "SS"
+
+
 def unequal_work(mesh):
     """Rank 1 leaves blocks out, then has a loss that does not depend on the model, then one without a graph."""
     results = []
@@ -263,6 +281,10 @@ def test_misuse_is_said():
     policy = ShardedModel(Toy(), alone())
     stale = toy_loss(policy, toy_batch(0))
     toy_loss(policy, toy_batch(1)).backward()
+    with pytest.raises(RuntimeError, match="older forward"):
+        stale.backward()
+    stale = toy_loss(policy, toy_batch(0))
+    toy_loss(policy, toy_batch(1))
     with pytest.raises(RuntimeError, match="older forward"):
         stale.backward()
     policy.module.layers.append(policy.module.layers[0])
