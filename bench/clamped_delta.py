@@ -3,7 +3,7 @@
     python -m groupwise.bench.clamped_delta [--shapes 32768] [--out FILE]
 
 ``share_of_limit`` is the time of one copy that moves as many bytes as the loss reads and writes (24 a token with a
-reference), timed in the same run, over ours; ``speedup`` is the time of the formula as one writes it in PyTorch, without
+reference), timed in the same run, over ours; ``speedup`` is the time of the formula written in PyTorch, without
 statistics, over ours.
 """
 

@@ -56,6 +56,9 @@ class ModelConfig:
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", minimum=1)
     tie_word_embeddings: bool = setting(True, "output head shares the embedding")
     initializer_range: float = setting(0.02, "standard deviation of random weights", minimum=0)
+    initialization: Literal["normal", "induction"] = setting(
+        "normal", "random weights; induction: with a circuit that copies laid into them, for small models from nothing"
+    )
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -68,6 +71,8 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is no multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}; change one of them or set model.head_dim"
             )
+        if self.initialization == "induction" and self.num_hidden_layers < 2:
+            raise UserError("model.initialization is 'induction', which takes two layers; model.num_hidden_layers is 1")
         if self.head_size % 2:
             raise UserError(f"the width of a head is {self.head_size}, rotary embeddings need an even one")
 

@@ -183,8 +183,6 @@ class ShardedModel(nn.Module):
     def _before_forward(self) -> None:
         if self._in_backward:  # an error ended the last backward half-way
             self._in_backward = self._pending = False
-            for unit in self._all:
-                unit.forget()
         self._grad_forward = torch.is_grad_enabled() and self._trainable
         if self._grad_forward:
             self._serial += 1

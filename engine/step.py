@@ -67,7 +67,8 @@ def optimise(
 ) -> Update:
     """Make one update from this rank's micro-batches; a collective.
 
-    Ranks may have different numbers of micro-batches, or none: the shorter ones go on with empty batches.
+    Ranks may have different numbers of micro-batches: the shorter ones go on with empty batches. Where no rank has
+    any, nothing moves, and the update has no stats.
 
     Args:
         policy: its shards' gradients are dropped before and after.
@@ -82,12 +83,11 @@ def optimise(
         bad_batch_folder: where each rank leaves the batches of the step that ended the run, for torch.load.
 
     Raises:
-        ValueError: no rank has a batch.
         NonFiniteError: the ``max_bad_steps``-th step in a row was not finite.
     """
     count = int(mesh.all_reduce(torch.tensor([len(batches)], device=mesh.device), "max").item())
     if count == 0:
-        raise ValueError("no rank has a batch to learn from; leave the step out.")
+        return Update(0.0, 0.0, lr)
     batches = [*batches, *(empty_batch(mesh.device) for _ in range(count - len(batches)))]
     policy.zero_grad()
     totals: dict[str, torch.Tensor] = {}

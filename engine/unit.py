@@ -161,14 +161,6 @@ class Unit:
         else:
             self.shard.grad.add_(part)
 
-    def forget(self) -> None:
-        """Drop the traces of a backward pass that did not come to its end."""
-        if self._reducing is not None and self._reducing[0] is not None:
-            self._reducing[0].wait()
-        self._gradient = self._reducing = None
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def master(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, from the master weights, as its own CPU tensor; a collective."""
         flat = self.shard.data

@@ -49,7 +49,7 @@ class CascadeDecode:
     ) -> None:
         self.block_size = block_size
         tables = block_tables.astype(np.int64)
-        groups, shared = _shared_blocks(tables, context_lens // block_size)
+        groups, shared = _shared_blocks(tables, (context_lens - 1) // block_size)
         used = -(-context_lens // block_size)
         self._chunks: list[_Chunk] = []
         start = 0
@@ -116,7 +116,7 @@ class CascadeDecode:
 def _shared_blocks(tables: NDArray[np.int64], full: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Groups of neighbouring rows that begin with the same block, and how many full blocks all of a group share.
 
-    ``full`` [N] counts the full blocks of each row. A row always keeps at least one token of its own, its newest.
+    ``full`` [N] counts the blocks of each row that its newest token is not in: so each row keeps that one behind.
     """
     new = np.ones(len(tables), bool)
     new[1:] = tables[1:, 0] != tables[:-1, 0]

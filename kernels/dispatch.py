@@ -6,7 +6,7 @@ the eager forms serve.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable
 from functools import cache
@@ -59,4 +59,9 @@ def describe(device_type: str | None = None) -> str:
 
 @cache
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    # Imported, not only looked for: a build for another PyTorch is there but does not load.
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError:
+        return False
+    return True

@@ -48,7 +48,7 @@ TILES = {
     ("gradient", "hip"): Tiles(128, 128, 64, 8, 2),
 }
 # Multiplied without tensor cores.
-FLOAT32_TILES = Tiles(64, 64, 32, 8, 2)
+FLOAT32_TILES = Tiles(64, 64, 16, 8, 2)
 # The interpreter's time goes by operations, not by elements.
 INTERPRETER_TILES = Tiles(32, 512, 64, 4, 1)
 

@@ -7,6 +7,7 @@ import torch
 
 from ..engine.config import ModelConfig
 from ..engine.hf import load_hf, save_hf
+from ..engine.induction import lay_induction
 from ..engine.model import Model
 from ..engine.shard import ShardedModel
 from ..engine.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ def create_policy(run: Run, tokenizer: Tokenizer) -> Policy:
     tokenizer.check_fits(run.config.model)
     model = Model(run.config.model)
     model.init_weights(run.config.run.seed)
+    if run.config.model.initialization == "induction":
+        lay_induction(model, run.config.run.seed)
     return _shard(run, model, tokenizer)
 
 

@@ -265,7 +265,7 @@ class _Loop:
 
 
 def _stream_numbers(tasks: Sequence[Task]) -> list[int]:
-    """A number of 63 bits for each task, from its id, so that a task's samples do not depend on what is asked beside it.
+    """A number of 63 bits for each task, from its id: its samples do not depend on what is asked beside it.
 
     A task asked twice gets two, or its samples would be the same.
     """

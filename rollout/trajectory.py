@@ -29,8 +29,8 @@ class Span:
     """Consecutive tokens of one writer.
 
     Args:
-        writer: "prompt" and "environment" text comes from outside; "model" tokens were sampled; "forced" tokens were put
-            into the model's text by the agent (a closing tag that it left out).
+        writer: "prompt" and "environment" text comes from outside; "model" tokens were sampled; "forced" tokens were
+            put into the model's text by the agent (a closing tag that it left out).
         token_ids: the ids.
         logprobs: model spans: each sampled id's log-probability under the temperature alone, same length; else empty.
     """
@@ -114,9 +114,7 @@ class Trajectory:
             mask_void: True gives weight 0 everywhere when the trajectory is void.
             group: number of its group, carried along.
         """
-        return spans_to_example(
-            self.spans, advantage=self.advantage, masked=mask_void and self.is_void, group=group
-        )
+        return spans_to_example(self.spans, advantage=self.advantage, masked=mask_void and self.is_void, group=group)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import torch
 PRELOAD = ["torch", "pytest", "groupwise.engine.model", "groupwise.engine.mesh"]
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Call ``fn(mesh, *args)`` on ``world_size`` gloo ranks and return the results in the order of the ranks.
 
     ``fn`` is a function at the top level of a test file; its results must survive torch.save.
@@ -64,7 +64,7 @@ def _rank(fn: Callable[..., Any], rank: int, world_size: int, folder: str, args:
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
-        with Mesh.create(timeout_s=60, init_method=f"file://{folder}/rendezvous") as mesh:
+        with Mesh.create(timeout_s=120, init_method=f"file://{folder}/rendezvous") as mesh:
             result = fn(mesh, *args)
             torch.save(result, f"{folder}/result-{rank}")
             del result

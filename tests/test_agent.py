@@ -9,15 +9,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
+from groupwise.engine.model import Model, PackedAttention
+from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rollout.agent import AgentLimits, run_agent
 from groupwise.rollout.draw import SamplingParams
-from groupwise.rollout.grammar import GRAMMARS
-from groupwise.rollout.sampler import Completion
-from groupwise.rollout.sandbox import Execution
+from groupwise.rollout.grammar import GRAMMARS, all_tags
+from groupwise.rollout.sampler import Completion, Sampler
+from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Trajectory
 
@@ -196,7 +200,8 @@ def test_missing_closing_tag_is_forced_and_not_trained() -> None:
 def test_observations_are_capped_in_the_middle() -> None:
     found = only([code("begin" + "x" * 120 + "end"), answer("3")])
     text = Characters().decode(found.spans[2].token_ids)
-    assert text.startswith("\n<interpreter>\nran begin") and text.endswith("end\n</interpreter>\n")
+    assert text.startswith("\n<interpreter>\nran begin")
+    assert text.endswith("end\n</interpreter>\n")
     assert len(text) <= LIMITS.max_observation_tokens + len(DATAMIND.observation(""))
 
 
@@ -301,3 +306,42 @@ def test_progress_sees_each_trajectory_once() -> None:
 def test_bad_limits_are_refused() -> None:
     with pytest.raises(UserError, match="max_turns is 0"):
         AgentLimits(max_turns=0)
+
+
+def test_real_rooms_fit_together() -> None:
+    """A random model, the real sampler and the real sandbox: the same trajectories at any concurrency."""
+    torch.manual_seed(0)
+    texts = [code("print(1)"), answer("3"), "How many?", DATAMIND.system]
+    tokenizer = Tokenizer.train(texts * 3, 340, all_tags())
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+    )  # fmt: skip
+    model = Model(config)
+    model.init_weights(1)
+    limits = AgentLimits(max_tokens_per_turn=24, max_trajectory_tokens=200)
+    tasks = [task(0), task(1, "agentic"), task(2, "reflection")]
+    found = []
+    with Sandbox(workers=1) as sandbox:
+        for concurrency in (0, 1):
+            sampler = Sampler(model, tokenizer, kv_memory_gib=0.01, concurrency=concurrency)
+            found.append(
+                run_agent(
+                    sampler, sandbox, tasks, tokenizer=tokenizer, num_generations=4,
+                    params=SamplingParams(temperature=0.8), limits=limits, seed=5,
+                )
+            )  # fmt: skip
+            assert sampler.stats["used_blocks"] == 0
+    together, alone = ([each.token_ids for group in groups for each in group.trajectories] for groups in found)
+    assert together == alone
+    assert len({tuple(ids) for ids in together}) == len(together)
+    for group in found[0]:
+        for trajectory in group.trajectories:
+            example = trajectory.to_example()
+            assert example.old_logprobs is not None
+            ids = torch.tensor(example.token_ids)
+            attention = PackedAttention(torch.tensor([0, len(ids) - 1], dtype=torch.int32), len(ids) - 1)
+            with torch.no_grad():
+                logprobs, _ = model(ids[:-1], torch.arange(len(ids) - 1), attention, ids[1:], temperature=0.8)
+            mask = torch.tensor(example.loss_mask[1:]) > 0
+            assert torch.allclose(logprobs[mask], torch.tensor(example.old_logprobs[1:])[mask], atol=1e-4)

@@ -124,7 +124,7 @@ class Tables(RuleBasedStateMachine):
 
 
 TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestTables.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_closed_rows_cannot_be_used():

@@ -134,6 +134,19 @@ def test_split_into_micro_batches_changes_nothing() -> None:
         assert join(stats[name].item() for _, stats in parts) == pytest.approx(whole[name].item(), rel=1e-5)
 
 
+def check_close_to_the_reference(form: Any) -> None:
+    inputs = {name: torch.zeros(8) for name in ("logprob", "old_logprob", "advantage")}
+    for gap in (1e-4, 1e-2, 0.0624, 0.0626, 1.0):
+        ref = torch.full((8,), gap)
+        _, stats = form(**inputs, weight=torch.ones(8), ref_logprob=ref)
+        assert stats["kl_sum"].item() == pytest.approx(8 * (math.expm1(gap) - gap), rel=2e-3)
+
+
+def test_small_kl_does_not_cancel() -> None:
+    check_close_to_the_reference(eager.clamped_delta_loss)
+    interpreted(check_close_to_the_reference, clamped_delta_loss)
+
+
 def check_nan_shows(form: Any) -> None:
     for broken in ("logprob", "old_logprob", "advantage"):
         inputs = {name: torch.ones(3) for name in ("logprob", "old_logprob", "advantage", "weight")}

@@ -15,9 +15,22 @@ TASK = Task("t1", "How many?", ("/data/t.csv",), "t.csv: a, b", "3", "number", "
 # Text as a careful writer leaves it: no tags, no outer blanks, no fence.
 plain = st.text(st.characters(codec="utf-8", exclude_characters="<>`|"), max_size=40).map(str.strip).filter(bool)
 pieces = st.sampled_from(
-    [*all_tags(), *(tag.upper() for tag in all_tags()), "```python\n", "```", "python_executor", "x = 1", "\n", " ", "</co",
-     "<|im_end|>", "é", "<", ">"]
-)  # fmt: skip
+    [
+        *all_tags(),
+        *(tag.upper() for tag in all_tags()),
+        "```python\n",
+        "```",
+        "python_executor",
+        "x = 1",
+        "\n",
+        " ",
+        "</co",
+        "<|im_end|>",
+        "é",
+        "<",
+        ">",
+    ]
+)
 messy = st.lists(pieces, max_size=25).map("".join)
 
 
@@ -69,7 +82,10 @@ def test_parser_never_raises_and_says_what_it_mended(text: str, name: str) -> No
 def test_tags_in_observations_never_count(output: str, name: str) -> None:
     grammar = GRAMMARS[name]
     observation = grammar.observation(output)
-    assert [tag for tag in grammar.tags if tag in observation.lower()] == [f"<{grammar.result}>", f"</{grammar.result}>"]
+    assert [tag for tag in grammar.tags if tag in observation.lower()] == [
+        f"<{grammar.result}>",
+        f"</{grammar.result}>",
+    ]
     assert "<|im_end|>" not in observation
     assert grammar.parse_turn(observation).kind == "void"
 

@@ -91,7 +91,7 @@ def test_processes_end_cleanly():
     program = (
         "import sys, torch\n"
         "from groupwise.engine.mesh import Mesh\n"
-        "mesh = Mesh.create(timeout_s=60, init_method='file://' + sys.argv[1])\n"
+        "mesh = Mesh.create(timeout_s=200, init_method='file://' + sys.argv[1])\n"
         "works = [mesh.all_gather_into(torch.zeros(4), torch.ones(2)) for _ in range(3)]\n"
         "[work.wait() for work in works]\n"
         "mesh.close()\n"
@@ -103,5 +103,9 @@ def test_processes_end_cleanly():
             env = os.environ | {name: str(value) for name, value in launch.items()} | {"CUDA_VISIBLE_DEVICES": ""}
             command = [sys.executable, "-c", program, f"{folder}/rendezvous"]
             ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-        ends = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+        try:
+            ends = [(rank.communicate(timeout=240)[1], rank.returncode) for rank in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
     assert [status for _, status in ends] == [0, 0], ends

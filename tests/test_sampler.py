@@ -32,10 +32,12 @@ class Letters:
 
     vocab_size = 89
     eos_id = 7
-    pieces = ("a", "b", "</", "cod", "code", "e>", ">", "<end>", "</code>", "xe>y", "", "é")
+    pieces = tuple(map(str.encode, ("a", "b", "</", "cod", "code", "e>", ">", "<end>", "</code>", "xe>y", "", "é")))
+    pieces += (b"\xc3", b"\xa9")
 
     def decode(self, ids):
-        return "".join(self.pieces[i] if i < len(self.pieces) else f"[{i}]" for i in ids)
+        parts = (self.pieces[i] if i < len(self.pieces) else f"[{i}]".encode() for i in ids)
+        return b"".join(parts).decode("utf-8", "replace")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def sampler(model: Model, blocks: int = 4000, **settings: int) -> Sampler:
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(12, 89) for _ in range(length)] for length in lengths]
+    return [[rng.randrange(14, 89) for _ in range(length)] for length in lengths]
 
 
 def full_logprobs(model: Model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
@@ -86,11 +88,11 @@ def test_greedy_equals_transformers(model, tmp_path):
 
     save_hf(model, tmp_path / "model")
     theirs = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    many = prompts(*random.Random(1).sample(range(1, 60), 14), 300, 1)
-    ours = sampler(model).generate(many, SamplingParams(temperature=0, max_tokens=30))
+    many = prompts(*random.Random(1).sample(range(1, 60), 8), 300, 1)
+    ours = sampler(model).generate(many, SamplingParams(temperature=0, max_tokens=20))
     for prompt, completion in zip(many, ours, strict=True):
         expected = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=7, pad_token_id=0,
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=7, pad_token_id=0,
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         )[0, len(prompt) :].tolist()  # fmt: skip
         assert completion.token_ids == expected
@@ -107,21 +109,21 @@ def test_logprobs_are_the_trainers(model, temperature):
 
 
 def test_tokens_do_not_depend_on_the_load(model):
-    many = [prompt for prompt in prompts(5, 9, 30, 12) for _ in range(4)]
-    params = SamplingParams(max_tokens=40, seed=3)
+    many = [prompt for prompt in prompts(5, 9, 30, 12) for _ in range(3)]
+    params = SamplingParams(max_tokens=25, seed=3)
     engine = sampler(model)
     expected = tokens(engine.generate(many, params))
-    assert len({tuple(ids) for ids in expected}) == len(many)
+    assert len({tuple(ids) for ids in expected}) > len(many) // 2
     for settings in ({"concurrency": 1}, {"concurrency": 3}, {"prefill_tokens": 8}):
         assert tokens(sampler(model, **settings).generate(many, params)) == expected, settings
     assert engine.stats["preemptions"] == 0
-    short = sampler(model, blocks=25)
+    short = sampler(model, blocks=20)
     assert tokens(short.generate(many, params)) == expected
     assert short.stats["preemptions"] > 3
     assert short.stats["recomputed_tokens"] > 0
-    assert short.stats["peak_blocks"] <= 25
+    assert short.stats["peak_blocks"] <= 20
     assert short.stats["used_blocks"] == engine.stats["used_blocks"] == 0
-    other = tokens(engine.generate(many, SamplingParams(max_tokens=40, seed=4)))
+    other = tokens(engine.generate(many, SamplingParams(max_tokens=25, seed=4)))
     assert all(a != b for a, b in zip(expected, other, strict=True))
 
 
@@ -229,6 +231,20 @@ def test_after_a_flush_nothing_old_is_read(model):
         model.load_state_dict(weights)
 
 
+def test_a_flush_voids_the_prompt_of_those_that_wait(model):
+    engine = sampler(model, concurrency=1)
+    params = SamplingParams(max_tokens=6)
+    (prompt,) = prompts(13)
+    ids = [engine.submit(prompt, params, stream=(i, 0, 0)) for i in range(3)]
+    engine.step()
+    engine.release(ids[0])
+    engine.flush()
+    done = drain(engine)
+    expected = sampler(model).generate([prompt] * 3, params)
+    assert [done[request_id].token_ids for request_id in ids[1:]] == tokens(expected)[1:]
+    assert engine.stats["prefill_tokens"] == 2 * 13
+
+
 class Scripted(Sampler):
     """Takes the tokens from a script instead of the model."""
 
@@ -247,6 +263,7 @@ class Scripted(Sampler):
         ((2, 10, 3, 10, 9, 1), 5, "</codxe>y"),
         ((2, 10, 4, 10, 6, 1), 5, "</code>"),
         ((6, 5, 11, 0, 1), 3, ">e>é"),
+        ((0, 12, 13, 0, 1), 3, "aé"),
         ((0, 7, 1), 2, "a<end>"),
         ((0, 1, 0, 1, 0, 1), 6, "ababab"),
     ],
@@ -279,6 +296,12 @@ def test_frequencies_follow_the_distribution():
         chi_square = ((counts - expected)[usual] ** 2 / expected[usual]).sum()
         freedom = usual.sum() - 1
         assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (temperature, top_k, top_p)
+
+
+def test_what_is_impossible_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-40], dtype=torch.float64)
+    assert choose(logits, uniform)[0].tolist() == [1, 3, 3]
 
 
 def expected_support(chances: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -376,3 +399,14 @@ def test_cascade_equals_paged_attention(groups, members, blocks):
         torch.from_numpy(lengths).int(), torch.arange(count + 1).int(), 1,
     )  # fmt: skip
     torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_cascade_of_rows_that_share_every_block():
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(9, 4, 2, 8, generator=generator) for _ in range(2))
+    q = torch.randn(3, 4, 8, generator=generator)
+    tables, lengths = np.array([[5, 2, 7, 1]] * 3, np.int32), np.array([7, 12, 16])
+    expected = paged_attention(
+        q, k, v, torch.from_numpy(tables), torch.from_numpy(lengths).int(), torch.arange(4).int(), 1
+    )
+    torch.testing.assert_close(CascadeDecode(tables, lengths, 4, 16)(q, k, v), expected, atol=2e-6, rtol=0)

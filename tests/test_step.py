@@ -11,7 +11,7 @@ from toys import alone, small_batches, small_loss, small_model
 
 from groupwise.engine.optim import AdamW
 from groupwise.engine.shard import ShardedModel
-from groupwise.engine.step import NonFiniteError, optimise
+from groupwise.engine.step import NonFiniteError, Update, optimise
 
 LENGTHS = [1, 3, 0]  # micro-batches of each rank
 
@@ -56,11 +56,22 @@ def test_ranks_with_unequal_and_no_batches_learn_as_one():
             assert update.stats[extreme] == pytest.approx(other.stats[extreme], rel=1e-4)
 
 
+def test_stats_are_sums_and_extremes():
+    policy, optimizer = setup(alone())
+    batches = batches_of(0, 0, 1)
+    expected = [{name: value.item() for name, value in small_loss(policy, batch)[1].items()} for batch in batches]
+    update = optimise(policy, optimizer, batches, small_loss, mesh=alone(), lr=0.01, max_grad_norm=1.0)
+    for name, combine in (("tokens", sum), ("entropy_max", max), ("logprob_min", min)):
+        assert update.stats[name] == pytest.approx(combine(row[name] for row in expected), rel=1e-6)
+
+
 def broken_loss(policy, batch, kind, rank):
     loss, stats = small_loss(policy, batch)
     if policy.mesh.rank == rank:
-        loss = loss * math.nan if kind == "loss" else loss + 0 * next(iter(stats.values()))
-        if kind == "gradient":
+        if kind == "loss":
+            loss = loss + math.inf
+        else:
+            loss = loss * 1.0
             loss.register_hook(lambda grad: grad * math.inf)
     return loss, stats
 
@@ -101,10 +112,15 @@ def test_too_many_bad_steps_end_the_run_with_names_and_batches(tmp_path, caplog)
     assert torch.equal(kept[0]["input_ids"], small_batches(3)[0].input_ids)
 
 
-def test_nothing_to_learn_from_is_said():
-    policy, optimizer = setup(alone())
-    with pytest.raises(ValueError, match="no rank has a batch"):
-        optimise(policy, optimizer, [], small_loss, mesh=alone(), lr=0.01, max_grad_norm=1.0)
+def no_batches(mesh):
+    policy, optimizer = setup(mesh)
+    before = everything(policy, optimizer)
+    update = optimise(policy, optimizer, [], small_loss, mesh=mesh, lr=0.01, max_grad_norm=1.0)
+    return update, all(torch.equal(a, b) for a, b in zip(before, everything(policy, optimizer), strict=True))
+
+
+def test_where_no_rank_has_a_batch_nothing_moves():
+    assert run_ranks(no_batches, 2) == [(Update(0.0, 0.0, 0.01), True)] * 2
 
 
 def test_a_zero_loss_moves_nothing_without_decay():

@@ -80,4 +80,6 @@ def test_capped_text_fits_and_keeps_head_and_tail(text: str, limit: int) -> None
 def test_very_long_text_is_capped_quickly_and_counted() -> None:
     text = "head" + "x" * 3_000_000 + "tail"
     capped = cap_text(text, Characters(), 100)
-    assert capped.startswith("head") and capped.endswith("tail") and len(capped) <= 100
+    assert capped.startswith("head")
+    assert capped.endswith("tail")
+    assert len(capped) <= 100

@@ -12,13 +12,13 @@ MODULES = frozenset(
      "smtplib", "telnetlib", "socketserver", "webbrowser", "signal", "resource", "pip"}
 )  # fmt: skip
 OS_CALLS = frozenset(
-    {"system", "popen", "fork", "forkpty", "kill", "killpg", "posix_spawn", "posix_spawnp", "startfile", "chroot", "setuid"}
+    {"system", "popen", "fork", "forkpty", "kill", "killpg", "posix_spawn", "posix_spawnp", "chroot", "setuid"}
 )
 READERS = frozenset({"input", "breakpoint"})
 
 
 def refusal(code: str) -> str | None:
-    """Why this code is not run, as one sentence for the model; None if nothing speaks against it, or it is no Python."""
+    """Why this code is not run, as one sentence for the model; None if nothing speaks against it."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -44,8 +44,7 @@ def _forbidden(node: ast.AST, aliases: dict[str, str]) -> str | None:
         if node.module == "os":
             return next((f"os.{alias.name}" for alias in node.names if _is_os_call(alias.name)), None)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        if aliases.get(node.value.id) == "os" and _is_os_call(node.attr):
-            return f"os.{node.attr}"
+        return f"os.{node.attr}" if aliases.get(node.value.id) == "os" and _is_os_call(node.attr) else None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
         return f"{node.func.id}()"
     return None

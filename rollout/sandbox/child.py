@@ -17,6 +17,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from . import kernel
@@ -80,9 +81,9 @@ def _confine(
 
 
 def _run(job: Job, report: int) -> int:
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    stream = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", "backslashreplace", write_through=False)
-    sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = stream
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
+    stream = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "backslashreplace")
+    _print_to(stream)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv = [""]
@@ -96,8 +97,13 @@ def _run(job: Job, report: int) -> int:
     # The history wrote to /dev/null through the same descriptors, so nothing of it can come out late.
     os.dup2(report, 1)
     os.dup2(report, 2)
-    sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = stream
+    _print_to(stream)
     return _execute(job.code, len(job.history) + 1, main.__dict__, lambda text: _write(report, text))
+
+
+def _print_to(stream: io.TextIOWrapper) -> None:
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        setattr(sys, name, stream)
 
 
 def _execute(code: str, number: int, namespace: dict[str, object], say: Callable[[str], None]) -> int:
@@ -151,16 +157,12 @@ def short_traceback(error: BaseException) -> str:
 def _flush() -> None:
     """What model code did to its streams is its own affair."""
     for stream in (sys.stdout, sys.__stdout__):
-        try:
+        with suppress(BaseException):
             stream.flush()  # type: ignore[union-attr]
-        except BaseException:
-            pass
 
 
 def _write(descriptor: int, text: str) -> None:
     data = text.encode("utf-8", "backslashreplace")
-    try:
+    with suppress(OSError):
         while data:
             data = data[os.write(descriptor, data) :]
-    except OSError:
-        pass

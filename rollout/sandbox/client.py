@@ -3,13 +3,13 @@
     with Sandbox(Limits(wall_s=5)) as sandbox:
         print(sandbox.run("import pandas as pd; print(pd.read_csv('t.csv').shape)", files=["/data/t.csv"]).output)
 
-A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the
-child has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes only
-in its private folder, and starts no program (`kernel.py`; `Sandbox.enforced()` lists what holds on this machine).
+A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the child
+has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes
+only in its private folder, and starts no program (`kernel.py`; `Sandbox.enforced()` lists what holds here).
 
-Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths exist; use of
-the processors up to the limits; many files that are each small; and, without namespaces, UDP traffic and changes of
-mode or owner of files that belong to the user.
+Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths
+exist; use of the processors up to the limits; many files that are each small; and, without namespaces, UDP
+traffic and changes of mode or owner of files that belong to the user.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ class _Link:
             try:
                 frame = _receive(self.channel)
             except (OSError, EOFError) as error:
-                self._end_process(0.0)
+                late = isinstance(error, TimeoutError)
+                self._end_process(0.0 if late else CLOSE_S)
                 errors.seek(0)
                 lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-                reason = lines[-1] if lines else f"no answer within {START_S:g} s"
+                ended = f"no answer within {START_S:g} s" if late else f"it ended with status {self.process.returncode}"
+                reason = lines[-1] if lines else ended
                 raise UserError(f"the sandbox server did not start: {reason}") from error
             self.channel.settimeout(None)
         return dict(json.loads(frame))
@@ -131,10 +134,9 @@ class _Link:
             if self.closed:
                 raise RuntimeError("the sandbox is closed")
             self.pending[number] = pending
-            try:
+            # If the server died, the reader starts another one and sends again.
+            with suppress(OSError):
                 self.channel.sendall(pending.request)
-            except OSError:
-                pass  # The server died; the reader starts another one and sends again.
 
     def _read_replies(self) -> None:
         while True:
@@ -160,15 +162,16 @@ class _Link:
         with self.lock:
             if self.closed:
                 return False
-            self.restarts += 1
             self._end_process(0.0)
             try:
                 _empty(self.base)
                 self._start()
+                self.restarts += 1
             except (UserError, OSError) as error:
                 self.closed = True
+                failure = RuntimeError(f"the sandbox server died and cannot be restarted: {error}")
                 for pending in self.pending.values():
-                    _settle(pending.future, error=RuntimeError(f"the sandbox server died and cannot be restarted: {error}"))
+                    _settle(pending.future, error=failure)
                 self.pending.clear()
                 return False
             for number, pending in list(self.pending.items()):
@@ -189,10 +192,8 @@ class _Link:
             if self.closed and self.process.returncode is not None and not os.path.lexists(self.base):
                 return
             self.closed = True
-        try:
+        with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._end_process(CLOSE_S)
         if self.reader is not threading.current_thread():
             self.reader.join(CLOSE_S)
@@ -203,10 +204,9 @@ class _Link:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def _end_process(self, patience_s: float) -> None:
-        try:
-            self.process.wait(patience_s) if patience_s else None
-        except subprocess.TimeoutExpired:
-            pass
+        if patience_s:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience_s)
         if self.process.poll() is None:
             # What was started is the guard of the server: asked to, it ends the server and waits for it.
             self.process.terminate()

@@ -123,7 +123,6 @@ def _works(flags: int) -> bool:
             unshare(flags)
             if os.fork() == 0:
                 if fork_nested() == 0:
-                    unshare(_per_job())
                     os._exit(0)
                 os._exit(os.wait()[1] != 0)
             os._exit(os.wait()[1] != 0)
@@ -133,8 +132,20 @@ def _works(flags: int) -> bool:
 
 
 def _per_job() -> int:
+    """The namespaces that each execution can make for itself, tried in children."""
     # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; it never binds root.
-    return CLONE_NEWIPC if os.getuid() == 0 else CLONE_NEWIPC | CLONE_NEWUSER
+    tries = (CLONE_NEWIPC,) if os.getuid() == 0 else (CLONE_NEWIPC | CLONE_NEWUSER, CLONE_NEWIPC)
+    for flags in tries:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                unshare(flags)
+            except OSError:
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1] == 0:
+            return flags
+    return 0
 
 
 def isolate_server(writable: str) -> Features:
@@ -145,7 +156,13 @@ def isolate_server(writable: str) -> Features:
     Args:
         writable: the folder under which executions get their working folders.
     """
-    names = {CLONE_NEWUSER: "user", CLONE_NEWNET: "network", CLONE_NEWNS: "mount", CLONE_NEWPID: "pid"}
+    names = {
+        CLONE_NEWUSER: "user",
+        CLONE_NEWNET: "network",
+        CLONE_NEWNS: "mount",
+        CLONE_NEWPID: "pid",
+        CLONE_NEWIPC: "ipc",
+    }
     wanted = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID
     # Root without user namespaces may still have the others.
     flags = next((flags for flags in (wanted, wanted & ~CLONE_NEWUSER) if _works(flags)), 0)
@@ -160,8 +177,9 @@ def isolate_server(writable: str) -> Features:
     except OSError:
         pass  # Some containers lock their mounts; Landlock does not depend on this.
     _become_first_process()
-    granted = (*(name for flag, name in names.items() if flags & flag), "ipc")
-    return Features(granted, read_only, True, _per_job(), landlock_version())
+    per_job = _per_job()
+    granted = tuple(name for flag, name in names.items() if (flags | per_job) & flag)
+    return Features(granted, read_only, True, per_job, landlock_version())
 
 
 def _become_first_process() -> None:
@@ -199,6 +217,8 @@ def _read_only_mounts(writable: str) -> None:
     mount(writable, writable, MS_BIND)
     set_attributes("/", AT_RECURSIVE, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
     set_attributes(writable, 0, 0, MOUNT_ATTR_RDONLY)
+    # User namespaces are set up by writing there; what else it has belongs to root.
+    set_attributes("/proc", 0, 0, MOUNT_ATTR_RDONLY)
 
 
 def landlock_version() -> int:

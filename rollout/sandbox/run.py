@@ -1,4 +1,4 @@
-"""One execution as the server sees it: fork the child, read what it prints, watch it, end its whole tree, say how it went.
+"""One execution as the server sees it: fork the child, read what it prints, watch it, end its tree, say how it went.
 
 With a PID namespace of its own, the child is its first process: when it dies, the kernel ends everything it started.
 Without one, the server adopts orphans and kills them (`end_orphans`).
@@ -19,7 +19,7 @@ from .child import MEMORY, UNCONFINED, run_child
 from .kernel import Features
 from .limits import Job, Limits
 
-COPY_BYTES = 4 * 2**20  # Files up to this size are copied; larger ones are linked where the kernel keeps them read-only.
+COPY_BYTES = 4 * 2**20  # Larger files are linked instead of copied where the kernel keeps them read-only.
 WATCH_S = 0.15
 DRAIN_READS = 64  # of 64 KiB: the largest pipe without privileges holds 1 MiB
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,8 @@
 """The warm server: a process with numpy and pandas imported that forks a child for each execution.
 
 `client.Sandbox` starts it with a bare environment and talks to it over a socket: frames of four length bytes and
-JSON. It runs several executions at once, first come first served, and ends when its client does. It never imports torch,
-and it never runs model code itself.
+JSON. It runs several executions at once, first come first served, and ends when its client does. It never imports
+torch, and it never runs model code itself.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ def warm_up() -> None:
     table = pd.read_csv(io.StringIO(text))
     table["e"] = pd.to_datetime(table["d"])
     groups = table.groupby("c")["b"]
-    shown = [groups.mean(), groups.agg(["sum", "count"]), table.describe(), table[["a", "b"]].corr(), table["c"].unique()]
-    shown += [table.sort_values("b").head(), table["c"].value_counts(), table.merge(table, on="a").tail(2), table.dtypes]
+    shown: list[object] = [groups.mean(), groups.agg(["sum", "count"]), table.describe(), table[["a", "b"]].corr()]
+    shown += [table["c"].unique(), table["c"].value_counts(), table.merge(table, on="a").tail(2), table.dtypes]
     shown += [table[table["a"] > 3]["b"].median(), table["c"].str.upper().iloc[0], table["e"].dt.month.nunique()]
-    shown += [table.pivot_table(index="c", values="a"), table["b"].quantile(0.9), table["b"].rank().sum(), table.isna().sum()]
+    shown += [table.pivot_table(index="c", values="a"), table["b"].quantile(0.9), table["b"].rank().sum()]
+    shown += [table.sort_values("b").head(), table.isna().sum()]
     shown += [np.polyfit(table["a"], table["b"], 1), np.corrcoef(table["a"], table["b"])]
     str(shown)
     table.to_csv(io.StringIO())
@@ -143,12 +144,12 @@ def main() -> None:
     hello: dict[str, Any] = {"isolates": features.isolates, "enforced": features.describe()}
     limits = Limits(**settings["limits"])
     warm_up()
-    with open("/proc/self/statm", "rb") as file:
-        baseline = int(file.read().split()[0]) * PAGE
-    context = Context(limits, features, kernel.interpreter_paths(), baseline)
-    send(channel, json.dumps(hello).encode())
     gc.collect()
     gc.disable()
     # Forked children then neither scan nor copy what is here.
     gc.freeze()
+    with open("/proc/self/statm", "rb") as file:
+        baseline = int(file.read().split()[0]) * PAGE
+    context = Context(limits, features, kernel.interpreter_paths(), baseline)
+    send(channel, json.dumps(hello).encode())
     Server(channel, context, settings["base"], settings["workers"]).serve()
