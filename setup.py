@@ -4,12 +4,22 @@ import re
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FOLDERS = ["engine", "kernels", "rollout", "rollout.sandbox", "rewards", "data", "recipes", "configs"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text())[1]  # type: ignore[index]
 
+
+class Build(build_py):
+    """Leaves this file, which stands in the package's root, out of the package."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
 setup(
+    cmdclass={"build_py": Build},
     name="groupwise",
     version=VERSION,
     description="Trains language models to be data analysts with group-relative policy optimisation",

@@ -52,8 +52,7 @@ QUALIFIERS = _words(
 )
 UNITS = ("cm", "mm", "kg", "g", "m", "km", "s", "h", "usd", "eur", "pct", "%", "deg", "kw", "mg", "in")
 ONSETS = _words(
-    "b c d f g h j k l m n p r s t v w z b c d f g h l m n p r s t br ch cl dr fl gr kr pl pr qu sh sk sp "
-    "st th tr "
+    "b c d f g h j k l m n p r s t v w z b c d f g h l m n p r s t br ch cl dr fl gr kr pl pr qu sh sk sp st th tr "
 )
 VOWELS = _words("a e i o u a e i o u a e i o u ai ea ee io oo ou y")
 CODAS = (*[""] * 25, *_words("b ck d g l m n nd ng nt p r rd rt s st t th x"))

@@ -131,8 +131,13 @@ class SFTConfig:
     lr: float = setting(3e-3, "peak learning rate", minimum=0)
     warmup_steps: int = setting(20, "linear warm-up", minimum=0)
     min_lr_ratio: float = setting(0.1, "learning rate at the end of the cosine, as a share of the peak", minimum=0)
+    fresh_names: bool = setting(
+        False,
+        "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",
+    )
     prompt_loss_weight: float = setting(
-        0.0, "weight of prompt tokens in the loss; 0: model spans only; above 0 helps a model trained from nothing",
+        0.0,
+        "weight of prompt tokens in the loss; 0: model spans only; above 0 helps a model trained from nothing",
         minimum=0,
     )
 
@@ -312,7 +317,7 @@ def _build(name: str, cls: type, values: dict[str, Any]) -> Any:
             raise UserError(f"unknown configuration key '{name}.{key}'{_nearest(key, fields)}")
         values[key] = value = _convert(f"{name}.{key}", hints[key], value)
         low, high = fields[key].metadata["minimum"], fields[key].metadata["maximum"]
-        if low is not None and value < low or high is not None and value > high:
+        if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
             raise UserError(f"{name}.{key} is {value}, expected {bounds}")
     return cls(**values)

@@ -85,10 +85,9 @@ def optimise(
     Raises:
         NonFiniteError: the ``max_bad_steps``-th step in a row was not finite.
     """
-    count = int(mesh.all_reduce(torch.tensor([len(batches)], device=mesh.device), "max").item())
-    if count == 0:
+    batches = level(batches, mesh)
+    if not batches:
         return Update(0.0, 0.0, lr)
-    batches = [*batches, *(empty_batch(mesh.device) for _ in range(count - len(batches)))]
     policy.zero_grad()
     totals: dict[str, torch.Tensor] = {}
     for batch in batches:
@@ -106,6 +105,15 @@ def optimise(
         optimizer.step(lr)
     policy.zero_grad()
     return update
+
+
+def level(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
+    """``batches`` and as many empty ones as make all ranks have the same number; a collective.
+
+    Whatever runs a sharded model over its batches needs it: each forward gathers weights from all ranks.
+    """
+    most = int(mesh.all_reduce(torch.tensor([len(batches)], device=mesh.device), "max").item())
+    return [*batches, *(empty_batch(mesh.device) for _ in range(most - len(batches)))]
 
 
 def _leave_out(

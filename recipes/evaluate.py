@@ -78,7 +78,10 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
             for trajectory in group.trajectories
         ]
         examples += [
-            {**group.trajectories[0].to_record(policy.tokenizer), "correct": answer_correct(group.trajectories[0].answer, group.task)}
+            {
+                **group.trajectories[0].to_record(policy.tokenizer),
+                "correct": answer_correct(group.trajectories[0].answer, group.task),
+            }
             for group in groups[: NUM_EXAMPLES - len(examples)]
         ]
     everyone = [outcome for part in mesh.all_gather_object(outcomes) for outcome in part]

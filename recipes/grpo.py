@@ -18,7 +18,7 @@ from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
 from ..engine.reference import Reference
 from ..engine.schedule import Schedule
-from ..engine.step import Update
+from ..engine.step import Update, level
 from ..rewards.curriculum import score, structure_schedule
 from ..rollout.task import read_tasks
 from ..rollout.trajectory import Group
@@ -63,8 +63,9 @@ def grpo(run: Run) -> Path:
                 score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
                 batches = to_batches(run, groups)
             with timer("reference"):
-                for batch in batches if reference else ():
-                    batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
+                if reference is not None:
+                    for batch in batches:
+                        batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
             with timer("update"):
                 update = training.update(step, batches, loss_fn)
             training.metrics.log(step, measure(run, groups, update, timer))
@@ -79,7 +80,10 @@ def my_places(run: Run, step: int, total: int) -> list[int]:
 
 
 def to_batches(run: Run, groups: Sequence[Group]) -> list[Batch]:
-    """Advantages, loss weights by the global count, and packing; a group without contrast has no part in the loss."""
+    """Advantages, loss weights by the global count, and packing; a group without contrast has no part in the loss.
+
+    Every rank gets the same number of micro-batches.
+    """
     settings = run.config.grpo
     examples = []
     for number, group in enumerate(groups):
@@ -98,7 +102,7 @@ def to_batches(run: Run, groups: Sequence[Group]) -> list[Batch]:
         loss_type=settings.loss_type,
         max_completion_tokens=run.config.rollout.max_trajectory_tokens,
     )
-    return pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device)
+    return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device), run.mesh)
 
 
 def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:

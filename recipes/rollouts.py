@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
+from ..engine.model import Model
 from ..rollout.agent import AgentLimits, run_agent
 from ..rollout.sampler import Sampler, SamplingParams
 from ..rollout.sandbox import Limits, Sandbox
@@ -32,7 +33,7 @@ class Rollouts:
             max_consecutive_errors=settings.max_consecutive_errors,
         )
         self.sampler = Sampler(
-            policy.model.module,
+            cast(Model, policy.model.module),
             policy.tokenizer,
             kv_memory_gib=settings.kv_memory_gib,
             block_size=settings.block_size,

@@ -2,8 +2,8 @@
 
     python -m groupwise.recipes.synthesize train [tables=DIR]
 
-Writes into ``RUN/data``: ``sft.jsonl`` (expert trajectories), ``prompts.jsonl`` (tasks for GRPO), ``eval.jsonl`` (tasks on
-tables that neither of them saw), the tables' views below ``tables/``, and ``report.json``.
+Writes into ``RUN/data``: ``sft.jsonl`` (expert trajectories), ``prompts.jsonl`` (tasks for GRPO), ``eval.jsonl`` (tasks
+on tables that neither of them saw), the tables' views below ``tables/``, and ``report.json``.
 """
 
 import json
@@ -62,12 +62,17 @@ def _make(config: Config, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
     with ProgressBar(len(to_solve), "synthesize") as bar:
         experts, report = build_trajectories(to_solve, sandbox, seed=seed, strata=strata, on_done=bar.advance)
     write_experts(folder / "sft.jsonl", experts)
-    write_tasks(folder / "prompts.jsonl", (p.task for p in problems("grpo", data.num_prompts, data.num_prompts // 2 + 1)))
-    write_tasks(folder / "eval.jsonl", (p.task for p in problems("eval", data.num_eval_tasks, data.num_eval_tasks // 2 + 1)))
+    write_tasks(
+        folder / "prompts.jsonl", (p.task for p in problems("grpo", data.num_prompts, data.num_prompts // 2 + 1))
+    )
+    write_tasks(
+        folder / "eval.jsonl", (p.task for p in problems("eval", data.num_eval_tasks, data.num_eval_tasks // 2 + 1))
+    )
     return {
         **report.to_dict(),
         "training_tables": sorted(table.name for table in training),
         "evaluation_tables": sorted(table.name for table in held_out),
+        "evaluation_headers": sorted(headers(held_out)),
         "shared_headers": shared_headers(training, held_out),
         "dropped_tables": {drop.source: drop.reason for drop in dropped},
     }

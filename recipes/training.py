@@ -5,7 +5,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..engine.batch import Batch
 from ..engine.checkpoint import latest, load_checkpoint, save_checkpoint
@@ -17,6 +16,7 @@ from .policy import Policy
 from .run import Run
 
 LINE_EVERY = 10  # steps between two lines on the console
+
 
 class Training:
     """Steps that resume where the newest checkpoint says.
@@ -42,9 +42,7 @@ class Training:
         )
         self.start = 0
         if latest(self._checkpoints) is not None:
-            state = load_checkpoint(
-                self._checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh
-            )
+            state = load_checkpoint(self._checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
             self.start = state["step"]
             run.say(f"{phase}: resumed after step {self.start}")
         self.metrics = Metrics(
@@ -71,9 +69,6 @@ class Training:
     def update(self, step: int, batches: Sequence[Batch], loss_fn: LossFunction) -> Update:
         """One optimisation step on this rank's micro-batches; where no rank has any, nothing moves."""
         settings = self.run.config.optimizer
-        any_batch = torch.tensor(float(len(batches)), device=self.run.mesh.device)
-        if not self.run.mesh.all_reduce(any_batch, op="max").item():
-            return Update(loss=0.0, grad_norm=0.0, lr=self.lr(step))
         return optimise(
             self.policy.model,
             self.optimizer,

@@ -19,4 +19,4 @@ def trajectory_panel(record: Mapping[str, Any]) -> Panel:
         ("right" if right else "wrong", "bold green" if right else "bold red"),
         f": answered {record['answer']!r}, known {task['answer']!r} ({record['status']})",
     )
-    return Panel(Stack(*spans, end), title=f"{task['task_type']}: {task['question']}", title_align="left")
+    return Panel(Stack(*spans, end), title=Text(f"{task['task_type']}: {task['question']}"), title_align="left")

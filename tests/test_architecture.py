@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["kernels", "engine", "rollout", "rewards", "data", "recipes"]
-FOREIGN = {"trl", "verl", "openrlhf", "transformers", "accelerate", "deepspeed", "lightning", "vllm", "sglang", "peft", "ray"}
+FOREIGN = {
+    "trl",
+    "verl",
+    "openrlhf",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "vllm",
+    "sglang",
+    "peft",
+    "ray",
+}
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
 
@@ -50,11 +62,11 @@ def test_no_circle_of_files() -> None:
     for name, path in names.items():
         joined = [".".join(parts) for _, parts in imports(path)]
         targets = {target if target in names else target.rpartition(".")[0] for target in joined}
-        graph[name] = {target for target in targets if target in names and not path.name == "__init__.py"}
+        graph[name] = {target for target in targets if target in names and path.name != "__init__.py"}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"circle: {' -> '.join([*trail[trail.index(name):], name])}"
+        assert name not in trail, f"circle: {' -> '.join([*trail[trail.index(name) :], name])}"
         if name not in done:
             for target in sorted(graph[name]):
                 visit(target, (*trail, name))

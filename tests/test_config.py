@@ -95,5 +95,7 @@ def test_every_setting_is_read_somewhere() -> None:
     folders = ("engine", "rollout", "rewards", "data", "recipes")
     files = [path for folder in folders for path in (root / folder).rglob("*.py") if path.name != "config.py"]
     source = "\n".join(path.read_text() for path in files)
-    unread = [f"{section}.{f.name}" for section, f in SETTINGS if f".{f.name}" not in source and f"{f.name!r}" not in source]
+    unread = [
+        f"{section}.{f.name}" for section, f in SETTINGS if f".{f.name}" not in source and f"{f.name!r}" not in source
+    ]
     assert [key for key in unread if key not in ("model.head_dim",)] == []

@@ -1,7 +1,6 @@
 """GRPO's update, from sampling to the weights: it climbs where there is something to climb and else does nothing."""
 
 import pytest
-import torch
 
 from groupwise.engine.batch import Example, pack
 from groupwise.engine.config import ModelConfig
@@ -55,9 +54,7 @@ def learn(steps: int, group_size: int, loss_type: str) -> list[tuple[float, dict
             for sample, advantage in zip(samples, group_advantages(rewards).tolist(), strict=True)
         ]
         weigh(examples, count(examples), loss_type=loss_type, max_completion_tokens=4)
-        update = optimise(
-            policy, optimizer, pack(examples, 64), policy_loss, mesh=mesh, lr=0.01, max_grad_norm=1.0
-        )
+        update = optimise(policy, optimizer, pack(examples, 64), policy_loss, mesh=mesh, lr=0.01, max_grad_norm=1.0)
         history.append((sum(rewards) / len(rewards), summarise(update.stats)))
     return history
 

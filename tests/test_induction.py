@@ -33,5 +33,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         lay_induction(model, seed)
     first, same, other = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["model.layers.1.self_attn.k_proj.weight"], other["model.layers.1.self_attn.k_proj.weight"])
+    assert not torch.equal(
+        first["model.layers.1.self_attn.k_proj.weight"], other["model.layers.1.self_attn.k_proj.weight"]
+    )
     assert all(torch.isfinite(tensor).all() for tensor in first.values())

@@ -140,7 +140,9 @@ def test_ctrl_c_saves_the_last_step_and_the_command_it_prints_goes_on(
     assert 3 <= done < 40
     resumed = run("sft", *arguments, cwd=stopped)
     assert f"resumed after step {done}" in resumed.stdout
-    weights = [load_file(folder / "runs" / "train" / "sft" / "model" / "model.safetensors") for folder in (whole, stopped)]
+    weights = [
+        load_file(folder / "runs" / "train" / "sft" / "model" / "model.safetensors") for folder in (whole, stopped)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

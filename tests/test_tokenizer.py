@@ -131,7 +131,8 @@ def test_a_folder_that_transformers_wrote_for_qwen2_loads(tmp_path: Path) -> Non
     for text in ["train 12 tins", "naïve\n\n  x", ours.chat_prompt("S", "U")]:
         assert ours.encode(text) == theirs.encode(text)
         assert ours.decode(ours.encode(text)) == text
-    assert ours.eos_id == theirs.eos_token_id and ours.vocab_size == len(theirs)
+    assert ours.eos_id == theirs.eos_token_id
+    assert ours.vocab_size == len(theirs)
 
 
 def sized(vocab_size: int) -> Any:
@@ -167,7 +168,8 @@ def test_a_broken_folder_is_one_clear_sentence(tokenizer: Tokenizer, tmp_path: P
     _broken(tmp_path, kind)
     with pytest.raises(UserError) as raised:
         Tokenizer.from_folder(tmp_path)
-    assert "\n" not in str(raised.value) and len(str(raised.value)) > 20
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) > 20
 
 
 def test_too_small_a_vocabulary_is_refused() -> None:
