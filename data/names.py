@@ -58,7 +58,7 @@ VOWELS = _words("a e i o u a e i o u a e i o u ai ea ee io oo ou y")
 CODAS = (*[""] * 25, *_words("b ck d g l m n nd ng nt p r rd rt s st t th x"))
 CONSONANTS = "bcdfghjklmnpqrstvwxz"
 SPELLINGS = ("lower", "snake", "upper", "camel", "title", "spaced", "code", "dotted", "upper_snake")
-MAX_LENGTH = 16
+MAX_LENGTH = 12
 
 
 def pseudo_word(rng: Random, syllables: int) -> str:
@@ -128,7 +128,7 @@ class NameMaker:
         """One column name; `prefix` is put before it as a further part."""
         rng = self.rng
         spelling = spelling or rng.choice(SPELLINGS)
-        count = 1 if prefix else rng.choice((1, 1, 1, 1, 1, 2, 2, 3))
+        count = 1 if prefix else rng.choice((1, 1, 1, 1, 1, 1, 2, 2))
         parts = ([prefix] if prefix else []) + [part(rng) for _ in range(count)]
         name = spell(parts, spelling, rng)
         if spelling != "code" and rng.random() < 0.1:

@@ -88,7 +88,6 @@ class DataConfig:
 
     tables: str = setting("", "folder of .csv tables; empty: those bundled with scikit-learn and statsmodels")
     num_trajectories: int = setting(3000, "expert trajectories for SFT", minimum=1)
-    num_prompts: int = setting(1000, "training tasks for GRPO", minimum=1)
     num_eval_tasks: int = setting(240, "tasks on the tables kept for evaluation", minimum=1)
     num_views: int = setting(400, "renamed views of the training tables", minimum=1)
     max_rows: int = setting(20000, "tables with more rows are dropped", minimum=20)
@@ -152,9 +151,9 @@ class RolloutConfig:
     block_size: int = setting(16, "tokens in a KV block", minimum=1)
     concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0)
     max_turns: int = setting(10, "model turns of a trajectory", minimum=1)
-    max_tokens_per_turn: int = setting(128, "tokens the model may write in a turn", minimum=1)
-    max_trajectory_tokens: int = setting(768, "tokens of a trajectory, prompt included", minimum=1)
-    max_observation_tokens: int = setting(96, "tokens of an observation; head and tail are kept", minimum=8)
+    max_tokens_per_turn: int = setting(2048, "tokens the model may write in a turn", minimum=1)
+    max_trajectory_tokens: int = setting(8192, "tokens of a trajectory, prompt included", minimum=1)
+    max_observation_tokens: int = setting(1024, "tokens of an observation; head and tail are kept", minimum=8)
     max_consecutive_errors: int = setting(5, "failed executions in a row that end a trajectory", minimum=1)
 
 
@@ -196,6 +195,15 @@ class GRPOConfig:
     num_generations: int = setting(8, "trajectories of a task: the group", minimum=2)
     lr: float = setting(3e-4, "learning rate after warm-up", minimum=0)
     warmup_steps: int = setting(5, "linear warm-up", minimum=0)
+    min_lr_ratio: float = setting(
+        1.0, "learning rate at the end of the cosine, as a share of grpo.lr; 1: constant", minimum=0, maximum=1
+    )
+    mu_peak: float = setting(
+        0.0, "weight of the experts' likelihood after its warm-up; 0: RL alone", minimum=0, maximum=1
+    )
+    mu_valley: float = setting(0.0, "weight of the experts' likelihood at the end of its decay", minimum=0, maximum=1)
+    mu_warmup_steps: int = setting(0, "steps in which that weight rises to mu_peak", minimum=0)
+    mu_decay_steps: int = setting(0, "steps in which it falls to mu_valley, by a cosine", minimum=0)
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = setting("dapo", "how token losses are averaged")
     epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
     epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)

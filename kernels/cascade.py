@@ -26,9 +26,8 @@ class _Chunk(NamedTuple):
 
     rows: slice
     prefix: Tensor | None  # [g, blocks] int64: the shared beginning of each group, padded
-    place: (
-        Tensor | None
-    )  # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
+    # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
+    place: Tensor | None
     places: int  # g x m
     suffix: Tensor  # [n, blocks] int64: each row's own blocks, padded
     mask: Tensor  # [n, 1, E+S] float32: 0 where a key counts, -inf where it does not

@@ -119,9 +119,9 @@ def _recipe(run: Run) -> None:
     folder = Path(run.config.model.folder)
     policy = load_policy(run, folder)
     with Rollouts(run, policy) as rollouts:
-        result = evaluate(run, policy, rollouts, folder.parent.name)
-    run.say(json.dumps({key: value for key, value in result.items() if key != "by_type"}))
+        result = evaluate(run, policy, rollouts, folder.parent.name if folder.name == "model" else folder.name)
+    run.say(json.dumps({key: value for key, value in result.items() if key != "examples"}))
 
 
 if __name__ == "__main__":
-    launch(_recipe)
+    launch(_recipe, claim=False)

@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ..engine.batch import Batch, pack
+from ..engine.batch import Batch, Example, pack
 from ..engine.hf import load_hf
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
 from ..engine.reference import Reference
-from ..engine.schedule import Schedule
+from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import Update, level
 from ..rewards.curriculum import score, structure_schedule
-from ..rollout.task import read_tasks
 from ..rollout.trajectory import Group
+from .experts import Experts
 from .policy import compute_dtype, load_policy, save_policy
 from .rollouts import Rollouts
 from .run import Run, launch
@@ -36,8 +36,16 @@ def grpo(run: Run) -> Path:
     first = Path(run.config.model.folder or run.folder / "sft" / "model")
     policy = load_policy(run, first)
     reference = Reference(load_hf(first), run.mesh, compute_dtype(run)) if settings.beta else None
-    tasks = list(read_tasks(run.folder / "data" / "prompts.jsonl"))
+    experts = Experts(run)
+    pool = [expert for expert in experts.all if expert.stratum != "failure"]
     structure = structure_schedule(run.config.reward, settings.steps)
+    gamma = mixing_schedule(
+        mu_peak=settings.mu_peak,
+        mu_valley=settings.mu_valley,
+        mu_warmup_steps=settings.mu_warmup_steps,
+        mu_decay_steps=settings.mu_decay_steps,
+        total_steps=settings.steps,
+    )
     loss_fn = partial(
         policy_loss,
         temperature=run.config.rollout.temperature,
@@ -46,14 +54,14 @@ def grpo(run: Run) -> Path:
         beta=settings.beta,
         delta_max=settings.delta_max,
     )
-    lr = Schedule("constant", settings.lr, settings.lr, settings.steps, settings.warmup_steps)
+    lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
-            timer = Timer(run.mesh.device)
+            timer, mine = Timer(run.mesh.device), [pool[i] for i in my_places(run, step, len(pool))]
             with timer("generate"):
                 groups = rollouts.sample(
-                    [tasks[i] for i in my_places(run, step, len(tasks))],
+                    [expert.task for expert in mine],
                     settings.num_generations,
                     temperature=run.config.rollout.temperature,
                     top_p=run.config.rollout.top_p,
@@ -61,14 +69,15 @@ def grpo(run: Run) -> Path:
                 )
             with timer("reward"):
                 score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
-                batches = to_batches(run, groups)
+                imitated = experts.examples(mine, step, policy.tokenizer) if gamma(step) else []
+                batches = to_batches(run, groups, imitated)
             with timer("reference"):
                 if reference is not None:
                     for batch in batches:
                         batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
             with timer("update"):
-                update = training.update(step, batches, loss_fn)
-            training.metrics.log(step, measure(run, groups, update, timer))
+                update = training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
+            training.metrics.log(step, {**measure(run, groups, update, timer), "gamma": gamma(step)})
     save_policy(run, policy, folder / "model")
     return folder / "model"
 
@@ -79,13 +88,14 @@ def my_places(run: Run, step: int, total: int) -> list[int]:
     return chosen[run.mesh.rank :: run.mesh.world_size]
 
 
-def to_batches(run: Run, groups: Sequence[Group]) -> list[Batch]:
-    """Advantages, loss weights by the global count, and packing; a group without contrast has no part in the loss.
+def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -> list[Batch]:
+    """Advantages, loss weights by the global counts, and packing.
 
-    Every rank gets the same number of micro-batches.
+    A group without contrast gives no policy gradient: of its task only the expert's trajectory is learnt from, where
+    experts are mixed in (DataMind, arXiv 2509.25084). Every rank gets the same number of micro-batches.
     """
     settings = run.config.grpo
-    examples = []
+    examples = list(imitated)
     for number, group in enumerate(groups):
         if not informative([trajectory.rewards["answer"] for trajectory in group.trajectories]):
             continue
@@ -94,7 +104,7 @@ def to_batches(run: Run, groups: Sequence[Group]) -> list[Batch]:
             trajectory.advantage = advantage
             examples.append(trajectory.to_example(mask_void=settings.mask_void, group=number))
     counts = count(examples).summed(run.mesh)
-    if not counts.tokens:
+    if not counts.tokens + counts.expert_tokens:
         return []  # nothing to learn from: weight decay alone must not move the weights either
     weigh(
         examples,

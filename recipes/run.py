@@ -41,18 +41,20 @@ class Run:
     Args:
         config: the whole configuration.
         mesh: the ranks.
+        claim: the folder becomes this configuration's; False for a recipe that only looks at a run.
 
     Raises:
         UserError: the run's folder belongs to a run of another configuration.
     """
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, claim: bool = True) -> None:
         self.config, self.mesh = config, mesh
         self.folder = Path(config.run.folder) / config.run.name
         self._stop_requested = False
         self._in_steps = False
         self.memory = MemoryWatch()
-        self._claim_folder()
+        if claim:
+            self._claim_folder()
 
     def elapsed_s(self) -> float:
         """Wall seconds since this process was started by the system, imports included."""
@@ -146,9 +148,9 @@ def write_atomically(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def launch(recipe: Callable[[Run], None], argv: list[str] | None = None) -> None:
+def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
     """Entry point of every recipe: reads the command line, opens the ranks, runs, and turns an end into a status."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in argv):
         print(f"{sys.modules[recipe.__module__].__doc__}\nSettings and their defaults:{describe_settings()}")
         return
@@ -158,7 +160,7 @@ def launch(recipe: Callable[[Run], None], argv: list[str] | None = None) -> None
         path = argv[0] if argv and "=" not in argv[0] else None
         config = load_config(path, argv[1:] if path else argv)
         mesh = Mesh.create(timeout_s=config.run.timeout_s)
-        run = Run(config, mesh)
+        run = Run(config, mesh, claim)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
         run.say(f"{mesh.describe()} | {dispatch.describe()}")

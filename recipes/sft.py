@@ -6,20 +6,16 @@ Reads the trajectories that ``recipes.synthesize`` left in the run's folder; sta
 random weights and a tokenizer trained on the same trajectories; writes ``RUN/sft/model``, a Hugging Face folder.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
-from typing import cast
 
-from ..data.renaming import renamed
-from ..data.trajectories import Expert, read_experts
-from ..engine.batch import Example, balance, pack
+from ..data.trajectories import Expert
+from ..engine.batch import balance, pack
 from ..engine.objective import count, sft_loss, weigh
 from ..engine.schedule import Schedule
 from ..engine.tokenizer import Tokenizer
-from ..rollout.grammar import GRAMMARS, all_tags
-from ..rollout.trajectory import Writer, encode_spans, spans_to_example
+from ..rollout.grammar import all_tags
+from .experts import Experts
 from .policy import Policy, create_policy, load_policy, save_policy
 from .run import Run, launch
 from .training import Training, places
@@ -30,17 +26,13 @@ def sft(run: Run) -> Path:
     folder, settings, mesh = run.folder / "sft", run.config.sft, run.mesh
     if (folder / "model").exists():
         return folder / "model"
-    experts = list(read_experts(run.folder / "data" / "sft.jsonl"))
-    policy = first_policy(run, experts)
-    avoid = json.loads((run.folder / "data" / "report.json").read_text())["evaluation_headers"]
+    experts = Experts(run)
+    policy = first_policy(run, experts.all)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
-        chosen = [experts[i] for i in places(step, settings.sequences_per_step, len(experts), run.config.run.seed)]
-        if settings.fresh_names:
-            rng = Random(f"{run.config.run.seed}:names:{step}")
-            chosen = [renamed(expert, rng, avoid) for expert in chosen]
-        examples = [to_example(expert, policy.tokenizer, settings.prompt_loss_weight) for expert in chosen]
+        drawn = places(step, settings.sequences_per_step, len(experts.all), run.config.run.seed)
+        examples = experts.examples([experts.all[i] for i in drawn], step, policy.tokenizer)
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
         update = training.update(step, pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device), sft_loss)
@@ -59,15 +51,6 @@ def first_policy(run: Run, experts: Sequence[Expert]) -> Policy:
         Tokenizer.train(texts, run.config.model.vocab_size, all_tags()).save(folder)
     run.mesh.barrier()
     return create_policy(run, Tokenizer.from_folder(folder))
-
-
-def to_example(expert: Expert, tokenizer: Tokenizer, prompt_weight: float) -> Example:
-    """A trajectory as token ids; what the teacher wrote wrong on purpose is read, not imitated."""
-    prompt = GRAMMARS[expert.grammar].prompt(expert.task, tokenizer)
-    spans: list[tuple[Writer, str]] = [("prompt", prompt)]
-    for index, (writer, text) in enumerate(expert.spans):
-        spans.append(("forced" if index in expert.mistakes else cast(Writer, writer), text))
-    return spans_to_example(encode_spans(spans, tokenizer), prompt_weight=prompt_weight, expert=True)
 
 
 def _recipe(run: Run) -> None:

@@ -2,8 +2,8 @@
 
     python -m groupwise.recipes.synthesize train [tables=DIR]
 
-Writes into ``RUN/data``: ``sft.jsonl`` (expert trajectories), ``prompts.jsonl`` (tasks for GRPO), ``eval.jsonl`` (tasks
-on tables that neither of them saw), the tables' views below ``tables/``, and ``report.json``.
+Writes into ``RUN/data``: ``experts.jsonl`` (expert trajectories, whose tasks GRPO samples too), ``eval.jsonl`` (tasks
+on tables kept apart), the tables' views below ``tables/``, and ``report.json``.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.tables import find_tables, shared_headers, split_tables
-from ..data.tasks import Problem, evaluation_views, headers, make_problems, training_views
+from ..data.tasks import evaluation_views, headers, make_problems, training_views
 from ..data.trajectories import build_trajectories, write_experts
 from ..engine.config import Config
 from ..engine.metrics import ProgressBar
@@ -50,24 +50,16 @@ def _make(config: Config, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
         "failure": data.failure,
     }
 
-    def problems(name: str, count: int, num_views: int) -> list[Problem]:
-        if name == "eval":
-            views = evaluation_views(held_out, num_views, seed=seed)
-        else:
-            # Names of the evaluation tables never come up in training.
-            views = training_views(training, num_views, seed=seed, stream=name, avoid=headers(held_out))
-        return make_problems(views, count, seed=seed, name=name, folder=folder / "tables", modes=modes)
-
-    to_solve = problems("sft", data.num_trajectories, data.num_views)
+    # Names of the evaluation tables never come up in training.
+    views = training_views(training, data.num_views, seed=seed, avoid=headers(held_out))
+    tables_folder = folder / "tables"
+    to_solve = make_problems(views, data.num_trajectories, seed=seed, name="train", folder=tables_folder, modes=modes)
     with ProgressBar(len(to_solve), "synthesize") as bar:
         experts, report = build_trajectories(to_solve, sandbox, seed=seed, strata=strata, on_done=bar.advance)
-    write_experts(folder / "sft.jsonl", experts)
-    write_tasks(
-        folder / "prompts.jsonl", (p.task for p in problems("grpo", data.num_prompts, data.num_prompts // 2 + 1))
-    )
-    write_tasks(
-        folder / "eval.jsonl", (p.task for p in problems("eval", data.num_eval_tasks, data.num_eval_tasks // 2 + 1))
-    )
+    write_experts(folder / "experts.jsonl", experts)
+    views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
+    to_ask = make_problems(views, data.num_eval_tasks, seed=seed, name="eval", folder=tables_folder, modes=modes)
+    write_tasks(folder / "eval.jsonl", (problem.task for problem in to_ask))
     return {
         **report.to_dict(),
         "training_tables": sorted(table.name for table in training),

@@ -28,7 +28,6 @@ from groupwise.rollout.trajectory import Group, Span, Trajectory
 
 SMALL = [
     "data.num_trajectories=24",
-    "data.num_prompts=8",
     "data.num_eval_tasks=4",
     "data.num_views=12",
     "model.hidden_size=32",
@@ -36,6 +35,8 @@ SMALL = [
     "model.num_hidden_layers=2",
     "model.vocab_size=384",
     "rollout.max_tokens_per_turn=24",
+    "rollout.max_trajectory_tokens=512",
+    "rollout.max_observation_tokens=64",
     "rollout.kv_memory_gib=0.05",
     "sft.steps=6",
     "sft.sequences_per_step=4",
@@ -75,7 +76,7 @@ def run(
 def finished(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a finished run of the main job on two ranks, and what it printed."""
     folder = tmp_path_factory.mktemp("main job")
-    done = run("train", f"tables={tables}", "grpo.beta=0.01", cwd=folder, ranks=2)
+    done = run("train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5", cwd=folder, ranks=2)
     return folder / "runs" / "train", done.stdout
 
 
@@ -99,8 +100,7 @@ def test_the_main_job_ends_with_its_line_and_its_files(finished: tuple[Path, str
 def test_training_and_evaluation_tables_are_disjoint(finished: tuple[Path, str]) -> None:
     data = finished[0] / "data"
     report = json.loads((data / "report.json").read_text())
-    trained = {json.loads(line)["task"]["table"] for line in (data / "sft.jsonl").read_text().splitlines()}
-    trained |= {json.loads(line)["table"] for line in (data / "prompts.jsonl").read_text().splitlines()}
+    trained = {json.loads(line)["task"]["table"] for line in (data / "experts.jsonl").read_text().splitlines()}
     evaluated = {json.loads(line)["table"] for line in (data / "eval.jsonl").read_text().splitlines()}
     assert trained <= set(report["training_tables"])
     assert evaluated <= set(report["evaluation_tables"])
@@ -110,9 +110,11 @@ def test_training_and_evaluation_tables_are_disjoint(finished: tuple[Path, str])
 def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     tables = json.loads((folder / "config.json").read_text())["data"]["tables"]
-    again = run("train", f"tables={tables}", "grpo.beta=0.01", cwd=folder.parent.parent)
+    again = run("train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5", cwd=folder.parent.parent)
     assert again.stdout.splitlines()[-1] == printed.splitlines()[-1]
-    other = run("train", f"tables={tables}", "grpo.beta=0.02", cwd=folder.parent.parent, check=False)
+    other = run(
+        "train", f"tables={tables}", "grpo.beta=0.02", "grpo.mu_peak=0.5", cwd=folder.parent.parent, check=False
+    )
     assert other.returncode == 2
     assert "grpo.beta 0.01 -> 0.02" in other.stderr
 
@@ -238,7 +240,7 @@ def test_equal_rewards_move_nothing_to_the_last_bit(right: int, finished: tuple[
     task = Task("t", "q", (), "", "1", "number", "counting")
     group = Group(task, [trajectory(task, sample, sample < right) for sample in range(4)])
     training = Training(state, policy, "grpo", 1, Schedule("constant", 0.1, 0.1, 1))
-    update = training.update(0, to_batches(state, [group]), policy_loss)
+    update = training.update(0, to_batches(state, [group], []), policy_loss)
     training.metrics.close()
     moved = any(not torch.equal(old, shard.data) for old, shard in zip(before, policy.model.shards, strict=True))
     assert moved == (right == 2)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -29,19 +28,6 @@ if os.fork() == 0:
     time.sleep(60)
 print('left')
 """
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(LIMITS, workers=2) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "t.csv"
-    path.write_text("a,b\n" + "".join(f"{i},x{i % 3}\n" for i in range(40)))
-    return str(path)
 
 
 # ---- results --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Attacks reach modules by `sys.modules`, past the first look of `calls.py`, so th
 import re
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,6 @@ from sandboxes import LIMITS, attack
 from groupwise.rollout.sandbox import Sandbox, client
 
 OWN_VARIABLES = ("HOME", "TMPDIR", "LC_CTYPE", "PWD")
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(LIMITS, workers=2) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "t.csv"
-    path.write_text("a,b\n" + "".join(f"{i},x{i % 3}\n" for i in range(40)))
-    return str(path)
 
 
 ATTACKS = {
