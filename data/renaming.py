@@ -15,7 +15,7 @@ from .names import NameMaker
 from .trajectories import Expert
 
 COLUMN = re.compile(r'"([^"\n]+)" (?:int|float|bool|text)\b')
-FILE = re.compile(r'\ATable "([^"\n]+)"')
+FILE = re.compile(r'\Aread_csv\("([^"\n]+)"\)')
 QUOTED = re.compile(r'"([^"\n]*)"')
 
 

@@ -112,7 +112,7 @@ def roles(frame: pd.DataFrame) -> Roles:
 def describe(file: str, frame: pd.DataFrame) -> str:
     """The metadata text of a table: file name, number of rows, and each column's quoted name with its type."""
     columns = ", ".join(f'"{name}" {kind(frame[name])}' for name in frame.columns)
-    return f'Table "{file}", {len(frame)} rows: {columns}'
+    return f'read_csv("{file}"), {len(frame)} rows: {columns}'
 
 
 def read_csv(path: Path) -> pd.DataFrame:

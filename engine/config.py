@@ -135,9 +135,10 @@ class SFTConfig:
         "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",
     )
     prompt_loss_weight: float = setting(
-        0.0,
-        "weight of prompt tokens in the loss; 0: model spans only; above 0 helps a model trained from nothing",
-        minimum=0,
+        0.0, "weight of prompt tokens in the loss of the first step; helps a model trained from nothing", minimum=0
+    )
+    prompt_loss_steps: int = setting(
+        1, "steps in which that weight falls to 0: from then on model spans only", minimum=1
     )
 
 

@@ -26,18 +26,20 @@ class Experts:
         self.all: list[Expert] = list(read_experts(folder / "experts.jsonl"))
         self._avoid: list[str] = json.loads((folder / "report.json").read_text())["evaluation_headers"]
         self._fresh_names = run.config.sft.fresh_names
-        self._prompt_weight = run.config.sft.prompt_loss_weight
         self._seed = run.config.run.seed
 
-    def examples(self, chosen: Sequence[Expert], step: int, tokenizer: Tokenizer) -> list[Example]:
+    def examples(
+        self, chosen: Sequence[Expert], step: int, tokenizer: Tokenizer, prompt_weight: float = 0.0
+    ) -> list[Example]:
         """Trajectories as token ids, under the names that ``sft.fresh_names`` gives them at this step."""
         if self._fresh_names:
             chosen = [renamed(e, Random(f"{self._seed}:{e.task.id}:{step}"), self._avoid) for e in chosen]
-        return [self._example(expert, tokenizer) for expert in chosen]
+        return [_example(expert, tokenizer, prompt_weight) for expert in chosen]
 
-    def _example(self, expert: Expert, tokenizer: Tokenizer) -> Example:
-        """What the teacher wrote wrong on purpose is read, not imitated."""
-        spans: list[tuple[Writer, str]] = [("prompt", GRAMMARS[expert.grammar].prompt(expert.task, tokenizer))]
-        for index, (writer, text) in enumerate(expert.spans):
-            spans.append(("forced" if index in expert.mistakes else cast(Writer, writer), text))
-        return spans_to_example(encode_spans(spans, tokenizer), prompt_weight=self._prompt_weight, expert=True)
+
+def _example(expert: Expert, tokenizer: Tokenizer, prompt_weight: float) -> Example:
+    """What the teacher wrote wrong on purpose is read, not imitated."""
+    spans: list[tuple[Writer, str]] = [("prompt", GRAMMARS[expert.grammar].prompt(expert.task, tokenizer))]
+    for index, (writer, text) in enumerate(expert.spans):
+        spans.append(("forced" if index in expert.mistakes else cast(Writer, writer), text))
+    return spans_to_example(encode_spans(spans, tokenizer), prompt_weight=prompt_weight, expert=True)

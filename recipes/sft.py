@@ -29,10 +29,11 @@ def sft(run: Run) -> Path:
     experts = Experts(run)
     policy = first_policy(run, experts.all)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
+    prompt_weight = Schedule("linear", settings.prompt_loss_weight, 0.0, settings.prompt_loss_steps)
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(experts.all), run.config.run.seed)
-        examples = experts.examples([experts.all[i] for i in drawn], step, policy.tokenizer)
+        examples = experts.examples([experts.all[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
         update = training.update(step, pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device), sft_loss)
