@@ -59,7 +59,9 @@ def learn(steps: int, group_size: int, loss_type: str) -> list[tuple[float, dict
     return history
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow), pytest.param("dr_grpo", marks=pytest.mark.slow)]
+)
 def test_the_reward_rises_to_the_known_optimum(loss_type: str) -> None:
     history = learn(steps=40, group_size=32, loss_type=loss_type)
     assert history[0][0] < 0.2
