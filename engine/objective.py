@@ -28,7 +28,6 @@ from .errors import UserError
 from .model import PackedAttention
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
-IMPORTANCE_KINDS = ("none", "truncated", "mask")
 EPSILON = 1e-6  # keeps an advantage finite where a group hardly varies
 
 Stats = dict[str, Tensor]
@@ -207,27 +206,6 @@ def policy_loss(
     if entropies is not None:
         stats["entropy_sum"] = entropies.detach().masked_fill(weight == 0, 0.0).sum()
     return loss, stats
-
-
-def importance_weights(old_logprob: Tensor, rollout_logprob: Tensor, kind: str = "none", cap: float = 2.0) -> Tensor:
-    """Factors [T] that correct for a sampler whose log-probabilities differ from the trainer's.
-
-    With w = exp(old - rollout): "none" is 1, "truncated" is min(w, cap), "mask" is w where w <= cap and else 0.
-    Source: truncated importance sampling, Ionides 2008; as used between sampler and trainer by TRL and verl.
-
-    Args:
-        old_logprob: [T], the trainer's before the update.
-        rollout_logprob: [T], the sampler's.
-        cap: largest factor, above 0.
-    """
-    if kind not in IMPORTANCE_KINDS:
-        raise UserError(f"importance_correction {kind!r} is unknown; use one of {', '.join(IMPORTANCE_KINDS)}")
-    if not cap > 0:
-        raise UserError(f"the cap of importance weights is {cap}; it must be above 0")
-    if kind == "none":
-        return torch.ones_like(old_logprob)
-    ratio = torch.exp(old_logprob - rollout_logprob)
-    return ratio.clamp(max=cap) if kind == "truncated" else ratio.masked_fill(ratio > cap, 0.0)
 
 
 @torch.no_grad()

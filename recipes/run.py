@@ -168,7 +168,9 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
     except UserError as error:
         status = _end(USER_ERROR, f"error: {error}")
     except KeyboardInterrupt:
-        status = _end(INTERRUPTED, f"stopped; what is done is saved. To go on:\n  {_command(argv)}")
+        status = INTERRUPTED
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            _end(status, f"stopped; what is done is saved. To go on:\n  {_command(argv)}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -188,9 +190,9 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc reuse freed tensors: by default it returns each large one to the kernel, which zeroes it page by page.
+    """Lets glibc reuse freed tensors: by default it returns large ones to the kernel, which zeroes them page by page.
 
-    On small models on a CPU this was half of the time of a step. Other C libraries are left as they are.
+    Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -18,7 +18,6 @@ from groupwise.engine.objective import (
     Counts,
     count,
     group_advantages,
-    importance_weights,
     informative,
     mismatch,
     policy_loss,
@@ -248,22 +247,6 @@ def test_empty_masks_give_zero_with_a_gradient() -> None:
             assert all(math.isfinite(value) for value in metrics.values())
             assert "kl" not in metrics
             assert "entropy" not in metrics
-
-
-@pytest.mark.parametrize("kind", ["none", "truncated", "mask"])
-def test_importance_weights(kind: str) -> None:
-    draw = np.random.default_rng(0)
-    old, rollout = -draw.random(50), -draw.random(50) * 3
-    expected = []
-    for a, b in zip(old, rollout, strict=True):
-        w = math.exp(a - b)
-        expected.append({"none": 1.0, "truncated": min(w, 2.0), "mask": w if w <= 2.0 else 0.0}[kind])
-    got = importance_weights(torch.tensor(old), torch.tensor(rollout), kind, 2.0)
-    np.testing.assert_allclose(got, expected, rtol=1e-12)
-    with pytest.raises(UserError, match="'clip' is unknown"):
-        importance_weights(torch.zeros(1), torch.zeros(1), "clip")
-    with pytest.raises(UserError, match="above 0"):
-        importance_weights(torch.zeros(1), torch.zeros(1), "mask", 0.0)
 
 
 def test_mismatch_and_summary() -> None:
