@@ -145,9 +145,12 @@ class Grammar:
         return f"{head}{action}<{self.code}>\n{content}\n</{self.code}>{closing}"
 
     def observation(self, output: str) -> str:
-        """What the environment appends after a code turn: the (already capped) output in its tags."""
-        body = neutralise(output.rstrip("\n"))
-        return f"\n<{self.result}>\n{body}\n</{self.result}>\n"
+        """What the environment appends after a code turn: the (already capped) output in its tags.
+
+        Output and answer both follow their tag at once: the copying of one into the other starts at a tag, not at one
+        of many line ends.
+        """
+        return f"\n<{self.result}>{neutralise(output.rstrip())}</{self.result}>\n"
 
     def render(self, steps: Iterable[Step]) -> list[tuple[Writer, str]]:
         """Turns and observations as (writer, text), without the prompt."""
