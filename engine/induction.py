@@ -10,6 +10,7 @@ H hidden size, D width of a head.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -23,8 +24,8 @@ COPY = 20.0  # scale of what layer 1 copies, in standard deviations of the embed
 
 
 @torch.no_grad()
-def lay_induction(model: Model, seed: int) -> None:
-    """Overwrites attention weights of the first two layers.
+def lay_induction(model: Model, seed: int, alike: Iterable[Sequence[int]] = ()) -> None:
+    """Overwrites attention weights of the first two layers, and embeddings of tokens that are alike.
 
     Layer 0, first key head: rotary phases alone, set by the biases, attend to the previous token; what it was is
     written into a random subspace. Layer 1, every head: the query is the present token, the key is that subspace, so it
@@ -33,7 +34,12 @@ def lay_induction(model: Model, seed: int) -> None:
     Args:
         model: with at least two layers, initialised.
         seed: of the random subspaces.
+        alike: groups of token ids; those of a group start with the embedding of its first, so what followed one of them
+            is also copied after another.
     """
+    for group in alike:
+        ids = torch.tensor(group)
+        model.model.embed_tokens.weight[ids[1:]] = model.model.embed_tokens.weight[ids[:1]]
     config, size, hidden = model.config, model.config.head_size, model.config.hidden_size
     sharing = config.num_attention_heads // config.num_key_value_heads  # query heads of a key head
     generator = torch.Generator().manual_seed(seed)

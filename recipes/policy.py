@@ -11,6 +11,7 @@ from ..engine.induction import lay_induction
 from ..engine.model import Model
 from ..engine.shard import ShardedModel
 from ..engine.tokenizer import Tokenizer
+from ..rollout.grammar import GRAMMARS
 from .run import Run
 
 
@@ -33,7 +34,10 @@ def create_policy(run: Run, tokenizer: Tokenizer) -> Policy:
     model = Model(run.config.model)
     model.init_weights(run.config.run.seed)
     if run.config.model.initialization == "induction":
-        lay_induction(model, run.config.run.seed)
+        # An answer repeats what was printed, and both follow their tag.
+        tags = [f"<{name}>" for grammar in GRAMMARS.values() for name in (grammar.answer, grammar.result)]
+        ids = {token: None for tag in tags if (token := tokenizer.token_id(tag)) is not None}
+        lay_induction(model, run.config.run.seed, [list(ids)])
     return _shard(run, model, tokenizer)
 
 

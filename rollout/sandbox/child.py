@@ -137,10 +137,13 @@ def short_traceback(error: BaseException) -> str:
     """
     lines = []
     try:
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename.startswith("<cell "):
-                where = "" if frame.name == "<module>" else f", in {frame.name}"
-                lines.append(f"{frame.filename[1:-1]}, line {frame.lineno}{where}: {frame.line}")
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            code = frame.f_code
+            # Only these: to look up a line of a library, its whole source would be read.
+            if code.co_filename.startswith("<cell "):
+                where = "" if code.co_name == "<module>" else f", in {code.co_name}"
+                line = linecache.getline(code.co_filename, number).strip()
+                lines.append(f"{code.co_filename[1:-1]}, line {number}{where}: {line}")
         if isinstance(error, SyntaxError) and (error.filename or "").startswith("<cell "):
             source = (error.text or "").strip()
             lines.append(f"{(error.filename or '')[1:-1]}, line {error.lineno}: {source}")
