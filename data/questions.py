@@ -28,6 +28,7 @@ class Question:
 
     Args:
         operation, task_type: names of the operation and of its type.
+        wording: which of the operation's wordings the text is in, from 0.
         text: the question.
         answer, answer_type: the right answer as text; "number" or "choice".
         thought: what to do, in a few words.
@@ -38,6 +39,7 @@ class Question:
 
     operation: str
     task_type: str
+    wording: int
     text: str
     answer: str
     answer_type: str
@@ -72,10 +74,12 @@ class Operation:
         answer = spoken(self.gold(view.frame, slots), self.shape)
         if answer is None:
             return None
+        wording = rng.randrange(len(self.wordings))
         return Question(
             operation=self.name,
             task_type=self.task_type,
-            text=rng.choice(self.wordings).format(**slots),
+            wording=wording,
+            text=self.wordings[wording].format(**slots),
             answer=answer,
             answer_type="number" if self.shape in ("number", "count") else "choice",
             thought=self.thought.format(**slots),

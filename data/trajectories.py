@@ -1,8 +1,8 @@
 """Expert trajectories: problems worked through by a teacher, each piece of code executed for real.
 
 On disk a trajectory is a JSON line: `task`, `spans` as [writer, text] pairs with writer "model" or "environment" (the
-prompt follows from the task), `stratum`, `grammar`, `operation`, and `mistakes`, the indices of the spans in which the
-teacher is wrong on purpose.
+prompt follows from the task), `stratum`, `grammar`, `operation`, its `wording`, and `mistakes`, the
+indices of the spans in which the teacher is wrong on purpose.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Expert:
     stratum: str
     grammar: str
     operation: str
+    wording: int = 0
     mistakes: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Expert:
             "stratum": self.stratum,
             "grammar": self.grammar,
             "operation": self.operation,
+            "wording": self.wording,
             "mistakes": list(self.mistakes),
         }
 
@@ -67,6 +69,7 @@ class Expert:
             stratum=record["stratum"],
             grammar=record["grammar"],
             operation=record.get("operation", ""),
+            wording=record.get("wording", 0),
             mistakes=tuple(record.get("mistakes", ())),
         )
 
@@ -216,8 +219,16 @@ def _advance(work: _Work, runner: Runner) -> Expert | None:
         return None
     if answer_correct(work.turn.content, work.problem.task) != (work.stratum != "failure"):
         raise Abandoned("failure with a right answer" if work.stratum == "failure" else "answer is not the known one")
-    task, operation = work.problem.task, work.problem.question.operation
-    return Expert(task, tuple(work.spans), work.stratum, task.mode, operation, tuple(work.mistakes))
+    task, question = work.problem.task, work.problem.question
+    return Expert(
+        task,
+        tuple(work.spans),
+        work.stratum,
+        task.mode,
+        question.operation,
+        question.wording,
+        tuple(work.mistakes),
+    )
 
 
 def write_experts(path: str | Path, experts: Iterable[Expert]) -> None:

@@ -71,10 +71,19 @@ class ModelConfig:
                 f"model.hidden_size {self.hidden_size} is no multiple of model.num_attention_heads "
                 f"{self.num_attention_heads}; change one of them or set model.head_dim"
             )
-        if self.initialization == "induction" and self.num_hidden_layers < 2:
-            raise UserError("model.initialization is 'induction', which takes two layers; model.num_hidden_layers is 1")
         if self.head_size % 2:
             raise UserError(f"the width of a head is {self.head_size}, rotary embeddings need an even one")
+        if self.initialization == "induction":
+            for name, least in (
+                ("num_hidden_layers", 2),
+                ("num_key_value_heads", 2),
+                ("hidden_size", 3 * self.head_size),
+            ):
+                if getattr(self, name) < least:
+                    raise UserError(
+                        f"model.{name} is {getattr(self, name)}, but model.initialization 'induction' takes at least "
+                        f"{least}; raise it or choose 'normal'"
+                    )
 
     @property
     def head_size(self) -> int:
@@ -130,6 +139,11 @@ class SFTConfig:
     lr: float = setting(3e-3, "peak learning rate", minimum=0)
     warmup_steps: int = setting(20, "linear warm-up", minimum=0)
     min_lr_ratio: float = setting(0.1, "learning rate at the end of the cosine, as a share of the peak", minimum=0)
+    wordings: int = setting(
+        0,
+        "learn from questions in the first so many wordings of each kind only, the others are left to GRPO; 0: all",
+        minimum=0,
+    )
     fresh_names: bool = setting(
         False,
         "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",

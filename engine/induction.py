@@ -1,10 +1,10 @@
 """Initialisation with an induction circuit, for small models that are trained from nothing.
 
 To answer a question about a table it never saw, a model must copy names it never saw: find the earlier place where the
-present token stood, and repeat what came after it. The circuit that does this takes two attention layers (Olsson et
-al., arXiv 2209.11895), and from plain random weights it appears late in training. Here its two halves are laid into the
-random weights as a start, in the manner of mimetic initialisation (Trockman and Kolter, arXiv 2305.09828); training
-moves them freely.
+last two tokens stood, and repeat what came after them. The circuit that does this takes two attention layers (Olsson et
+al., arXiv 2209.11895), and from plain random weights it appears late in training. Here it is laid into the random
+weights as a start, in the manner of mimetic initialisation (Trockman and Kolter, arXiv 2305.09828); training moves it
+freely.
 
 H hidden size, D width of a head.
 """
@@ -16,56 +16,90 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .model import Model, SelfAttention
 
-PREVIOUS = 16.0  # attention logit of the previous token over the mean place, layer 0
-MATCH = 3.0  # scale of queries and keys that match, layer 1
-COPY = 20.0  # scale of what layer 1 copies, in standard deviations of the embedding
+PREVIOUS = 16.0  # attention logit of the token one (or two) before over the mean place, layer 0
+MATCH = 20.0  # attention logit of a place where the last two tokens stood before, layer 1
+COPY = 1.0  # what layer 1 copies, as a multiple of the embedding: as long as the token itself
+GAIN = 3.0  # of the last norm, without which small embeddings cannot make a sharp guess
+REACH = 128  # tokens over which a match must survive the rotation of queries and keys
 
 
 @torch.no_grad()
 def lay_induction(model: Model, seed: int, alike: Iterable[Sequence[int]] = ()) -> None:
-    """Overwrites attention weights of the first two layers, and embeddings of tokens that are alike.
+    """Overwrites the embedding, the attention of the first two layers, and the gain of the last norm.
 
-    Layer 0, first key head: rotary phases alone, set by the biases, attend to the previous token; what it was is
-    written into a random subspace. Layer 1, every head: the query is the present token, the key is that subspace, so it
-    attends to what followed the same token before, and its value is written back as it was read.
+    The residual stream is split: tokens take H - 2D dimensions, and two registers of D dimensions stay free for what
+    the two tokens before were. In layer 0 rotary phases alone, set by the biases, attend one place back (first key
+    head) and two (second), and fill the registers. In layer 1 a query is the present token and the first register, a
+    key the two registers: they match where the same two tokens came just before, and the token there is copied.
 
     Args:
-        model: with at least two layers, initialised.
+        model: initialised, of a shape that ``ModelConfig`` lets have this initialisation.
         seed: of the random subspaces.
         alike: groups of token ids; those of a group start with the embedding of its first, so what followed one of them
             is also copied after another.
     """
-    for group in alike:
-        ids = torch.tensor(group)
-        model.model.embed_tokens.weight[ids[1:]] = model.model.embed_tokens.weight[ids[:1]]
     config, size, hidden = model.config, model.config.head_size, model.config.hidden_size
     sharing = config.num_attention_heads // config.num_key_value_heads  # query heads of a key head
     generator = torch.Generator().manual_seed(seed)
-    embedding = model.model.embed_tokens.weight.std().item()
-    read, write = _directions(size, hidden, generator), _directions(size, hidden, generator)  # [D,H] each
+    width = hidden - 2 * size  # dimensions of a token
+    tokens, *registers = _directions(hidden, hidden, generator).split((width, size, size))
+    remembered = _directions(size, width, generator) @ tokens  # [D,H] what a register keeps of a token
+    share = math.sqrt(width / size)  # of a token's norm over that of its remembered part
+
+    embedding = model.model.embed_tokens.weight
+    norm = embedding.std().item() * math.sqrt(hidden)
+    embedding.copy_(embedding @ tokens.T @ tokens * math.sqrt(hidden / width))
+    for group in alike:
+        ids = torch.tensor(group)
+        embedding[ids[1:]] = embedding[ids[:1]]
+    if model.lm_head is not None:
+        model.lm_head.weight.copy_(embedding)
+    model.model.norm.weight.fill_(GAIN)
 
     first = cast(SelfAttention, model.layers[0].self_attn)
-    half = size // 2
-    frequency = 1.0 / config.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
-    # The score of distance d is the sum of amplitude^2 cos(frequency (d - 1)) / sqrt(D): its peak is at d = 1.
+    frequency = _frequencies(config)
+    # The score of distance d is the sum of amplitude^2 cos(frequency (d - back)) / sqrt(D): its peak is at d = back.
     amplitude = (PREVIOUS * math.sqrt(size) * frequency / frequency.sum()).sqrt()
-    first.k_proj.bias[:size] = torch.cat((amplitude * frequency.cos(), amplitude * frequency.sin()))
-    first.q_proj.bias[: sharing * size] = torch.cat((amplitude, torch.zeros(half))).repeat(sharing)
-    first.v_proj.weight[:size] = read
-    scale = embedding * math.sqrt(hidden / size) / sharing
-    first.o_proj.weight[:, : sharing * size] = (scale * write.T).repeat(1, sharing)
+    for head, register in enumerate(registers):
+        keys, queries = _rows(head, size), _rows(head, size * sharing)
+        phase = (head + 1) * frequency
+        first.k_proj.bias[keys] = torch.cat((amplitude * phase.cos(), amplitude * phase.sin()))
+        first.q_proj.bias[queries] = torch.cat((amplitude, torch.zeros_like(amplitude))).repeat(sharing)
+        first.v_proj.weight[keys] = remembered
+        scale = norm / math.sqrt(hidden) * share / sharing  # a register is as long as a token
+        first.o_proj.weight[:, queries] = (scale * register.T).repeat(1, sharing)
 
     second = cast(SelfAttention, model.layers[1].self_attn)
+    slow = (frequency <= max(1.0 / REACH, frequency.min().item())).repeat(
+        2
+    )  # the rest turns too fast to match far away
+    count = int(slow.sum())
+    part = math.sqrt(hidden / 3)  # length of token and registers each, normalised
+    scale = MATCH / 2 * math.sqrt(size) / (part**2 * count / size)
     for head in range(config.num_key_value_heads):
-        rows = slice(head * size, (head + 1) * size)
-        queries = slice(head * sharing * size, (head + 1) * sharing * size)
-        value = _directions(size, hidden, generator)
-        second.k_proj.weight[rows] = MATCH * write
-        second.v_proj.weight[rows] = value
-        second.q_proj.weight[queries] = (MATCH * read).repeat(sharing, 1)
-        second.o_proj.weight[:, queries] = (COPY * embedding / sharing * value.T).repeat(1, sharing)
+        keys, queries = _rows(head, size), _rows(head, size * sharing)
+        last, before = (_directions(count, size, generator) for _ in range(2))
+        match = torch.zeros(2, size, hidden)  # of key and query
+        match[0, slow] = last @ registers[0] + before @ registers[1]
+        match[1, slow] = scale * (share * last @ remembered + before @ registers[0])
+        value = tokens[torch.arange(head * size, (head + 1) * size) % width]  # each head copies its part
+        second.k_proj.weight[keys] = match[0]
+        second.q_proj.weight[queries] = match[1].repeat(sharing, 1)
+        second.v_proj.weight[keys] = value
+        second.o_proj.weight[:, queries] = (COPY * norm / part / sharing * value.T).repeat(1, sharing)
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    """Radians a token by which rotary embedding turns each pair of channels, [D/2]."""
+    half = config.head_size // 2
+    return 1.0 / config.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
+
+
+def _rows(index: int, count: int) -> slice:
+    return slice(index * count, (index + 1) * count)
 
 
 def _directions(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ from typing import cast
 from ..data.renaming import renamed
 from ..data.trajectories import Expert, read_experts
 from ..engine.batch import Example
+from ..engine.errors import UserError
 from ..engine.tokenizer import Tokenizer
 from ..rollout.grammar import GRAMMARS
 from ..rollout.trajectory import Writer, encode_spans, spans_to_example
@@ -27,6 +28,20 @@ class Experts:
         self._avoid: list[str] = json.loads((folder / "report.json").read_text())["evaluation_headers"]
         self._fresh_names = run.config.sft.fresh_names
         self._seed = run.config.run.seed
+
+    def in_wordings(self, count: int) -> list[Expert]:
+        """Those whose question is in one of the first ``count`` wordings of its operation; all for 0.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = [expert for expert in self.all if not count or expert.wording < count]
+        if not found:
+            raise UserError(
+                f"none of {len(self.all)} trajectories is in the first {count} wordings of its question; raise "
+                "sft.wordings or data.num_trajectories"
+            )
+        return found
 
     def examples(
         self, chosen: Sequence[Expert], step: int, tokenizer: Tokenizer, prompt_weight: float = 0.0

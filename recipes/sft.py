@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.sft train
 
-Reads the trajectories that ``recipes.synthesize`` left in the run's folder; starts from ``model.folder``, or from
-random weights and a tokenizer trained on the same trajectories; writes ``RUN/sft/model``, a Hugging Face folder.
+Reads the trajectories that ``recipes.synthesize`` left in the run's folder (where ``sft.wordings`` is set, only those
+that show an operation in its first wordings: the others are left to GRPO); starts from ``model.folder``, or from random
+weights and a tokenizer trained on the same trajectories; writes ``RUN/sft/model``, a Hugging Face folder.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,13 @@ def sft(run: Run) -> Path:
         return folder / "model"
     experts = Experts(run)
     policy = first_policy(run, experts.all)
+    shown = experts.in_wordings(settings.wordings)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     prompt_weight = Schedule("linear", settings.prompt_loss_weight, 0.0, settings.prompt_loss_steps)
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
-        drawn = places(step, settings.sequences_per_step, len(experts.all), run.config.run.seed)
-        examples = experts.examples([experts.all[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
+        drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)
+        examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
         update = training.update(step, pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device), sft_loss)

@@ -152,7 +152,7 @@ def test_code_then_answer() -> None:
     assert [span.writer for span in found.spans] == ["prompt", "model", "environment", "model", "environment", "model"]
     assert [execution.output for execution in found.executions] == ["ran a\n", "ran b\n"]
     assert sandbox.calls == [("a", ()), ("b", ("a",))]
-    assert Characters().decode(found.spans[2].token_ids) == "\n<interpreter>\nran a\n</interpreter>\n"
+    assert Characters().decode(found.spans[2].token_ids) == "\n<interpreter>ran a</interpreter>\n"
 
 
 def test_failed_code_is_not_replayed() -> None:
@@ -200,8 +200,8 @@ def test_missing_closing_tag_is_forced_and_not_trained() -> None:
 def test_observations_are_capped_in_the_middle() -> None:
     found = only([code("begin" + "x" * 120 + "end"), answer("3")])
     text = Characters().decode(found.spans[2].token_ids)
-    assert text.startswith("\n<interpreter>\nran begin")
-    assert text.endswith("end\n</interpreter>\n")
+    assert text.startswith("\n<interpreter>ran begin")
+    assert text.endswith("end</interpreter>\n")
     assert len(text) <= LIMITS.max_observation_tokens + len(DATAMIND.observation(""))
 
 

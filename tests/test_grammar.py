@@ -160,7 +160,7 @@ def test_a_trajectory_is_spans_of_text_tokenised_one_by_one() -> None:
     assert spans == [
         ("prompt", "[Answer by Python code.][t.csv: a, b\nHow many?]"),
         ("model", "<think>look</think>\n<code>\nprint(3)\n</code>"),
-        ("environment", "\n<interpreter>\n3\n</interpreter>\n"),
+        ("environment", "\n<interpreter>3</interpreter>\n"),
         ("model", "<think>done</think>\n<answer>3</answer>"),
     ]
     encoded = encode_spans(spans, tokenizer)

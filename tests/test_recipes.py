@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from small_tables import small_tables
 
 from groupwise.engine.config import Config, load_config
+from groupwise.engine.errors import UserError
 from groupwise.engine.mesh import Mesh
 from groupwise.engine.objective import policy_loss
 from groupwise.engine.schedule import Schedule
 from groupwise.recipes.evaluate import Outcome, summarise
+from groupwise.recipes.experts import Experts
 from groupwise.recipes.grpo import to_batches
 from groupwise.recipes.policy import load_policy
 from groupwise.recipes.run import Run
@@ -105,6 +107,19 @@ def test_training_and_evaluation_tables_are_disjoint(finished: tuple[Path, str])
     assert trained <= set(report["training_tables"])
     assert evaluated <= set(report["evaluation_tables"])
     assert not trained & evaluated
+
+
+def test_sft_can_be_kept_to_the_first_wordings(finished: tuple[Path, str]) -> None:
+    folder = finished[0]
+    overrides = [f"run.folder={folder.parent}", f"run.name={folder.name}"]
+    experts = Experts(Run(load_config(None, overrides), Mesh(), claim=False))
+    first = experts.in_wordings(1)
+    assert first == [expert for expert in experts.all if expert.wording == 0]
+    assert 0 < len(first) < len(experts.all)
+    assert experts.in_wordings(0) == experts.all == experts.in_wordings(3)
+    experts.all = [expert for expert in experts.all if expert.wording]
+    with pytest.raises(UserError, match=r"none of \d+ trajectories is in the first 1 wordings"):
+        experts.in_wordings(1)
 
 
 def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(finished: tuple[Path, str]) -> None:

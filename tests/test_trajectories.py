@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from collections import Counter
 from concurrent.futures import Future
 
@@ -7,6 +8,7 @@ import pytest
 from small_tables import InProcess, Ran, small_tables
 
 from groupwise.data import tasks, trajectories
+from groupwise.data.operations import OPERATIONS, REFLECTIONS
 from groupwise.data.teachers import STRATA
 from groupwise.engine.errors import UserError
 from groupwise.rewards.answer import answer_correct
@@ -47,6 +49,15 @@ def test_spans_parse_and_answers_match(built):
         assert answer_correct(turns[-1].content, expert.task) == (expert.stratum != "failure")
         assert bool(expert.mistakes) == (expert.stratum != "success")
         assert all(expert.spans[index][0] == "model" for index in expert.mistakes)
+
+
+def test_an_expert_knows_the_wording_of_its_question(built):
+    operations = {operation.name: operation for operation in (*OPERATIONS, *REFLECTIONS)}
+    for expert in built[0]:
+        wording = operations[expert.operation].wordings[expert.wording]
+        fixed = re.split(r"\{\w+\}", wording)
+        assert re.fullmatch(".+".join(map(re.escape, fixed)), expert.task.question)
+    assert {expert.wording for expert in built[0]} == {0, 1, 2}
 
 
 def test_observations_are_what_the_code_printed(problems):
@@ -134,7 +145,7 @@ def test_files_round_trip_and_never_stand_half_written(tmp_path, built):
     trajectories.write_experts(path, built[0])
     assert list(trajectories.read_experts(path)) == built[0]
     record = json.loads(path.read_text().splitlines()[0])
-    assert set(record) == {"task", "spans", "stratum", "grammar", "operation", "mistakes"}
+    assert set(record) == {"task", "spans", "stratum", "grammar", "operation", "wording", "mistakes"}
 
     def interrupted():
         yield built[0][0]
