@@ -213,6 +213,9 @@ class GRPOConfig:
     min_lr_ratio: float = setting(
         1.0, "learning rate at the end of the cosine, as a share of grpo.lr; 1: constant", minimum=0, maximum=1
     )
+    experts_per_step: int = setting(
+        0, "expert trajectories imitated in a step beside those of its tasks, over all ranks", minimum=0
+    )
     mu_peak: float = setting(
         0.0, "weight of the experts' likelihood after its warm-up; 0: RL alone", minimum=0, maximum=1
     )

@@ -58,7 +58,8 @@ def grpo(run: Run) -> Path:
     training = Training(run, policy, "grpo", settings.steps, lr)
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
-            timer, mine = Timer(run.mesh.device), [pool[i] for i in my_places(run, step, len(pool))]
+            timer = Timer(run.mesh.device)
+            mine = [pool[i] for i in my_places(run, step, len(pool), settings.prompts_per_step)]
             with timer("generate"):
                 groups = rollouts.sample(
                     [expert.task for expert in mine],
@@ -69,7 +70,8 @@ def grpo(run: Run) -> Path:
                 )
             with timer("reward"):
                 score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
-                imitated = experts.examples(mine, step, policy.tokenizer) if gamma(step) else []
+                shown = mine + [pool[i] for i in my_places(run, step, len(pool), settings.experts_per_step, 1)]
+                imitated = experts.examples(shown, step, policy.tokenizer) if gamma(step) else []
                 batches = to_batches(run, groups, imitated)
             with timer("reference"):
                 if reference is not None:
@@ -82,9 +84,9 @@ def grpo(run: Run) -> Path:
     return folder / "model"
 
 
-def my_places(run: Run, step: int, total: int) -> list[int]:
-    """The tasks of a step that this rank samples."""
-    chosen = places(step, run.config.grpo.prompts_per_step, total, run.config.run.seed)
+def my_places(run: Run, step: int, total: int, count: int, stream: int = 0) -> list[int]:
+    """This rank's share of the ``count`` places that a step draws from ``total``; another stream draws others."""
+    chosen = places(step, count, total, run.config.run.seed + stream)
     return chosen[run.mesh.rank :: run.mesh.world_size]
 
 
