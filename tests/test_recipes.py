@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from groupwise.engine.objective import policy_loss
 from groupwise.engine.schedule import Schedule
 from groupwise.recipes.evaluate import Outcome, summarise
 from groupwise.recipes.experts import Experts
-from groupwise.recipes.grpo import to_batches
+from groupwise.recipes.grpo import my_places, to_batches
 from groupwise.recipes.policy import load_policy
 from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training, places
@@ -266,6 +267,18 @@ def test_every_epoch_has_every_item_once() -> None:
     drawn = [index for step in range(10) for index in places(step, 6, 20, seed=3)]
     assert [sorted(drawn[start : start + 20]) for start in (0, 20, 40)] == [list(range(20))] * 3
     assert drawn[:20] != drawn[20:40]
+
+
+def test_ranks_share_what_a_step_draws_and_streams_differ() -> None:
+    def run(rank: int, ranks: int) -> SimpleNamespace:
+        mesh = SimpleNamespace(rank=rank, world_size=ranks)
+        return SimpleNamespace(mesh=mesh, config=SimpleNamespace(run=SimpleNamespace(seed=3)))
+
+    whole = my_places(run(0, 1), 5, 100, 7)
+    assert sorted(my_places(run(0, 2), 5, 100, 7) + my_places(run(1, 2), 5, 100, 7)) == sorted(whole)
+    assert len(set(whole)) == 7
+    assert my_places(run(0, 1), 5, 100, 7, stream=1) != whole
+    assert my_places(run(0, 1), 5, 100, 0) == []
 
 
 def test_scores_are_means_over_runs_and_unions_over_tasks() -> None:
