@@ -1,8 +1,8 @@
 """Expert trajectories: problems worked through by a teacher, each piece of code executed for real.
 
 On disk a trajectory is a JSON line: `task`, `spans` as [writer, text] pairs with writer "model" or "environment" (the
-prompt follows from the task), `stratum`, `grammar`, `operation`, its `wording`, and `mistakes`, the
-indices of the spans in which the teacher is wrong on purpose.
+prompt follows from the task), `stratum`, `grammar`, `operation`, the number of the question's `wording`, and
+`mistakes`, the indices of the spans in which the teacher is wrong on purpose.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert trajectory; `spans` are (writer, text) without the prompt, `mistakes` indices into them."""
+    """An expert trajectory.
+
+    Args:
+        spans: (writer, text), without the prompt.
+        wording: which of the operation's wordings the question is in, from 0.
+        mistakes: indices of spans.
+    """
 
     task: Task
     spans: tuple[tuple[str, str], ...]
@@ -69,7 +75,7 @@ class Expert:
             stratum=record["stratum"],
             grammar=record["grammar"],
             operation=record.get("operation", ""),
-            wording=record.get("wording", 0),
+            wording=record["wording"],
             mistakes=tuple(record.get("mistakes", ())),
         )
 

@@ -73,9 +73,8 @@ def lay_induction(model: Model, seed: int, alike: Iterable[Sequence[int]] = ()) 
         first.o_proj.weight[:, queries] = (scale * register.T).repeat(1, sharing)
 
     second = cast(SelfAttention, model.layers[1].self_attn)
-    slow = (frequency <= max(1.0 / REACH, frequency.min().item())).repeat(
-        2
-    )  # the rest turns too fast to match far away
+    # Channels that turn faster than this cannot match far away.
+    slow = (frequency <= max(1.0 / REACH, frequency.min().item())).repeat(2)
     count = int(slow.sum())
     part = math.sqrt(hidden / 3)  # length of token and registers each, normalised
     scale = MATCH / 2 * math.sqrt(size) / (part**2 * count / size)

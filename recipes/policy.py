@@ -35,9 +35,9 @@ def create_policy(run: Run, tokenizer: Tokenizer) -> Policy:
     model.init_weights(run.config.run.seed)
     if run.config.model.initialization == "induction":
         # An answer repeats what was printed, and both follow their tag.
-        tags = [f"<{name}>" for grammar in GRAMMARS.values() for name in (grammar.answer, grammar.result)]
-        ids = {token: None for tag in tags if (token := tokenizer.token_id(tag)) is not None}
-        lay_induction(model, run.config.run.seed, [list(ids)])
+        names = dict.fromkeys(name for g in GRAMMARS.values() for name in (g.answer, g.result) if name)
+        ids = [token for name in names if (token := tokenizer.token_id(f"<{name}>")) is not None]
+        lay_induction(model, run.config.run.seed, [ids])
     return _shard(run, model, tokenizer)
 
 
