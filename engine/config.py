@@ -34,6 +34,9 @@ class RunConfig:
     name: str = setting("train", "folder of this run, below run.folder")
     folder: str = setting("runs", "folder of all runs")
     seed: int = setting(0, "seed of data, initialisation and sampling", minimum=0)
+    shard_size: int = setting(
+        0, "ranks that hold one copy of the model, a divisor of all; 0: all ranks, one copy", minimum=0
+    )
     timeout_s: int = setting(600, "seconds after which a collective that does not complete ends the run", minimum=1)
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1)
@@ -127,7 +130,20 @@ class OptimizerConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of gathered weights; auto: bfloat16 on CUDA, float32 on a CPU"
     )
+    moments_dtype: Literal["float32", "bfloat16"] = setting("float32", "type of AdamW's moments")
+    reduce_dtype: Literal["float32", "compute"] = setting(
+        "float32", "type in which gradients are summed over ranks; compute: that of the gathered weights"
+    )
+    reduce_every_microbatch: bool = setting(
+        True, "sum gradients over ranks after each micro-batch; false: after the last, whole gradients stay till then"
+    )
     reshard_after_forward: bool = setting(True, "free a block's weights after its forward pass")
+    activation_checkpointing: Literal["none", "block"] = setting(
+        "none", "block: keep each block's input only, and compute the block again in the backward pass"
+    )
+    offload: Literal["none", "reference", "all"] = setting(
+        "none", "what lives in the host's memory; all: master weights, moments and reference"
+    )
 
 
 @dataclass(frozen=True)

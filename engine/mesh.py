@@ -2,19 +2,26 @@
 
 ``torchrun --nproc-per-node 2 -m groupwise.recipes.grpo …`` gives each process its environment; without that
 environment the world is one process, no process group exists, and every collective returns what it was given.
+
+The ranks stand in a grid: ``shard_size`` neighbours hold the parts of one copy of the model, and the ranks with the
+same place in their row hold the same part of each copy (hybrid sharding). With four ranks and ``shard_size`` 2::
+
+    copy 0:  rank 0, rank 1        shards: ranks of one row        replicas: ranks of one column
+    copy 1:  rank 2, rank 3
 """
 
 import gc
 import os
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
 
 from .errors import UserError
 
+Over = Literal["world", "shards", "replicas"]
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 # PyTorch 2.13 gave these two new names, and warns of the old ones, the only ones that 2.11 knows.
@@ -26,7 +33,9 @@ class Mesh:
     """The ranks of one launch. Make it with :meth:`create`, end it with :meth:`close` or a ``with`` block.
 
     Attributes: ``rank``, ``world_size``, ``local_rank``, ``local_world_size``, ``device`` (where this rank computes),
-    ``backend`` ("nccl", "gloo", or "none" in a world of one) and ``group`` (None in a world of one).
+    ``backend`` ("nccl", "gloo", or "none" in a world of one), ``shard_size`` (ranks that hold one copy of the model),
+    ``shard_rank`` (this rank's place among them), ``num_replicas`` (copies of the model), ``replica_rank`` (which of
+    them this rank helps to hold) and ``group`` (None in a world of one).
     """
 
     def __init__(
@@ -39,15 +48,24 @@ class Mesh:
         device: torch.device | None = None,
         backend: str = "none",
         group: dist.ProcessGroup | None = None,
+        shard_size: int = 0,
         reason: str = "",
     ) -> None:
         self.rank, self.world_size = rank, world_size
+        self.shard_size = _divisor(shard_size, world_size)
+        self.num_replicas = world_size // self.shard_size
+        self.replica_rank, self.shard_rank = divmod(rank, self.shard_size)
         self.local_rank, self.local_world_size = local_rank, local_world_size
         self.device = device or torch.device("cpu")
         self.backend, self.group, self._reason = backend, group, reason
+        self._groups = {"world": group, "shards": group, "replicas": None}
+        if group is not None and self.num_replicas > 1:
+            ranks = torch.arange(world_size).view(self.num_replicas, self.shard_size)
+            self._groups["shards"] = _row(ranks, rank)
+            self._groups["replicas"] = _row(ranks.T, rank)
 
     @classmethod
-    def create(cls, timeout_s: float = 600.0, init_method: str = "env://") -> "Mesh":
+    def create(cls, timeout_s: float = 600.0, shard_size: int = 0, init_method: str = "env://") -> "Mesh":
         """Join the launch that the environment describes.
 
         CUDA with nccl when this machine has a GPU for each of its ranks, otherwise CPU with gloo; on a CPU the cores
@@ -55,10 +73,12 @@ class Mesh:
 
         Args:
             timeout_s: seconds after which a collective that some rank never entered fails.
+            shard_size: ranks that hold one copy of the model, a divisor of all; 0: all of them, one copy.
             init_method: how the ranks find each other; torchrun's environment by default.
 
         Raises:
-            UserError: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is no valid number.
+            UserError: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is no valid number; shard_size does not divide
+                the number of ranks.
         """
         world_size = _env_int("WORLD_SIZE", 1, minimum=1)
         rank = _env_int("RANK", 0)
@@ -66,6 +86,7 @@ class Mesh:
         local_world_size = _env_int("LOCAL_WORLD_SIZE", world_size, minimum=1)
         if rank >= world_size:
             raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}; launch the ranks with torchrun.")
+        _divisor(shard_size, world_size)  # said before the ranks meet
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus >= local_world_size:
             device, backend, reason = torch.device("cuda", local_rank), "nccl", ""
@@ -94,38 +115,53 @@ class Mesh:
             device=device,
             backend=backend if world_size > 1 else "none",
             group=group,
+            shard_size=shard_size,
             reason=reason,
         )
 
     def describe(self) -> str:
         """One line for the start of a run: how many ranks, on what, and why not on GPUs."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks over {self.backend}"
+        if self.num_replicas > 1:
+            ranks += f" ({self.num_replicas} copies of the model, each on {self.shard_size})"
         if self.device.type == "cuda":
             return f"{ranks} on {torch.cuda.get_device_name(self.device)}"
         threads = torch.get_num_threads()
         where = f"cpu with {threads} thread{'' if threads == 1 else 's'} a rank"
         return f"{ranks} on {where}" + (f" ({self._reason})" if self._reason else "")
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum", over: Over = "world") -> torch.Tensor:
         """Reduce ``tensor`` (any shape, on ``device``) over the ranks, in place, and return it; op: sum, max or min."""
-        if self.group is not None:
-            dist.all_reduce(tensor, op=REDUCTIONS[op], group=self.group)
+        if (group := self._groups[over]) is not None:
+            dist.all_reduce(tensor, op=REDUCTIONS[op], group=group)
         return tensor
 
     def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work | None:
-        """Start gathering ``part[n]`` of every rank into ``whole[world_size * n]``; wait() on the result before use.
+        """Start gathering ``part[n]`` of each shard rank into ``whole[shard_size * n]``; wait() before use.
 
         ``part`` may be this rank's own slice of ``whole``.
         """
-        if self.group is None:
+        if (group := self._groups["shards"]) is None:
             return None
-        return _all_gather(whole, part, group=self.group, async_op=True)
+        return _all_gather(whole, part, group=group, async_op=True)
 
     def reduce_scatter_into(self, part: torch.Tensor, whole: torch.Tensor) -> dist.Work | None:
-        """Start summing ``whole[world_size * n]`` over the ranks; ``part[n]`` gets this rank's slice of the sum."""
-        if self.group is None:
+        """Start summing ``whole[shard_size * n]`` over the shard ranks; ``part[n]`` gets this rank's slice of it."""
+        if (group := self._groups["shards"]) is None:
             return None
-        return _reduce_scatter(part, whole, group=self.group, async_op=True)
+        return _reduce_scatter(part, whole, group=group, async_op=True)
+
+    def sum_replicas(self, part: torch.Tensor) -> dist.Work | None:
+        """Start summing ``part``, in place, over the ranks that hold the same part of each copy of the model."""
+        if (group := self._groups["replicas"]) is None:
+            return None
+        return dist.all_reduce(part, group=group, async_op=True)
+
+    def broadcast(self, tensor: torch.Tensor, shard_rank: int) -> torch.Tensor:
+        """Fill ``tensor`` on all ranks of this copy of the model with that of one of them, in place."""
+        if (group := self._groups["shards"]) is not None:
+            dist.broadcast(tensor, group=group, group_src=shard_rank)
+        return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The picklable ``value`` of every rank, in the order of the ranks, on every rank."""
@@ -162,6 +198,7 @@ class Mesh:
 
     def _destroy(self) -> None:
         self.group = None
+        self._groups = dict.fromkeys(self._groups)
         gc.collect()
         dist.destroy_process_group()
 
@@ -175,6 +212,23 @@ class Mesh:
             self.close()
         elif self.group is not None:  # the other ranks may be elsewhere: waiting for them would hide the error
             self._destroy()
+
+
+def _divisor(shard_size: int, world_size: int) -> int:
+    if world_size % (shard_size or world_size):
+        raise UserError(
+            f"shard_size is {shard_size}, which does not divide the {world_size} ranks of this launch; choose a "
+            "divisor, or 0 for one copy of the model over all ranks."
+        )
+    return shard_size or world_size
+
+
+def _row(ranks: torch.Tensor, rank: int) -> dist.ProcessGroup | None:
+    """The group of the row that holds ``rank``; a collective over all ranks, and None where rows are of one rank."""
+    if ranks.shape[1] == 1:
+        return None
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    return group
 
 
 def _env_int(name: str, default: int, minimum: int = 0) -> int:

@@ -159,7 +159,7 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
     try:
         path = argv[0] if argv and "=" not in argv[0] else None
         config = load_config(path, argv[1:] if path else argv)
-        mesh = Mesh.create(timeout_s=config.run.timeout_s)
+        mesh = Mesh.create(config.run.timeout_s, config.run.shard_size)
         run = Run(config, mesh, claim)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
