@@ -136,7 +136,7 @@ class Mesh:
             dist.all_reduce(tensor, op=REDUCTIONS[op], group=group)
         return tensor
 
-    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor) -> dist.Work | None:
+    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor, label: str = "") -> dist.Work | None:
         """Start gathering ``part[n]`` of each shard rank into ``whole[shard_size * n]``; wait() before use.
 
         ``part`` may be this rank's own slice of ``whole``.
@@ -145,13 +145,13 @@ class Mesh:
             return None
         return _all_gather(whole, part, group=group, async_op=True)
 
-    def reduce_scatter_into(self, part: torch.Tensor, whole: torch.Tensor) -> dist.Work | None:
+    def reduce_scatter_into(self, part: torch.Tensor, whole: torch.Tensor, label: str = "") -> dist.Work | None:
         """Start summing ``whole[shard_size * n]`` over the shard ranks; ``part[n]`` gets this rank's slice of it."""
         if (group := self._groups["shards"]) is None:
             return None
         return _reduce_scatter(part, whole, group=group, async_op=True)
 
-    def sum_replicas(self, part: torch.Tensor) -> dist.Work | None:
+    def sum_replicas(self, part: torch.Tensor, label: str = "") -> dist.Work | None:
         """Start summing ``part``, in place, over the ranks that hold the same part of each copy of the model."""
         if (group := self._groups["replicas"]) is None:
             return None

@@ -6,7 +6,7 @@ optimizer.step(lr)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ from torch.optim.adamw import adamw
 from .errors import UserError
 from .mesh import Mesh
 from .unit import Shard
+
+
+CHUNK = 2**24  # elements that are updated at once where a copy of them is needed
+BFLOAT16_DECAY = 1 - 2**-8  # beyond it a bfloat16 average stands still: what it loses in a step is rounded away
+
+Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # data, gradient, first and second moment
 
 
 class AdamW:
@@ -26,6 +32,13 @@ class AdamW:
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: for matrices alone; norms, biases and other vectors never decay.
+        moments_dtype: float32, or bfloat16 for half of their memory; the arithmetic is in float32.
+
+    Where the shards live in the host's memory (``ShardedModel(offload=True)``) the moments do too, and the update is
+    made there; gradients come over piece by piece, the next one while one is used.
+
+    Raises:
+        UserError: a number out of its range; bfloat16 moments with a beta at which they would stand still.
 
     Attributes:
         steps: updates made.
@@ -40,15 +53,21 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        moments_dtype: torch.dtype = torch.float32,
     ) -> None:
         if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf and eps > 0.0):
             raise UserError(f"lr {lr}, weight_decay {weight_decay} and eps {eps} must be finite and not negative.")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise UserError(f"betas are {betas} but each must be at least 0 and below 1.")
+        if moments_dtype == torch.bfloat16 and max(betas) > BFLOAT16_DECAY:
+            raise UserError(
+                f"betas are {betas}, but bfloat16 moments stand still above {BFLOAT16_DECAY:.3f}; lower them or take "
+                "float32 moments."
+            )
         self.shards = list(shards)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.exp_avg = [torch.zeros_like(shard.data, dtype=torch.float32) for shard in self.shards]
-        self.exp_avg_sq = [torch.zeros_like(shard.data, dtype=torch.float32) for shard in self.shards]
+        self.exp_avg = [_zeros_beside(shard.data, moments_dtype) for shard in self.shards]
+        self.exp_avg_sq = [_zeros_beside(shard.data, moments_dtype) for shard in self.shards]
         self.steps = self.skipped = self.skipped_in_row = 0
 
     @torch.no_grad()
@@ -75,6 +94,18 @@ class AdamW:
         ]
         if not rows:
             return
+        data, grad, moment, _ = rows[0]  # all are of a kind
+        if grad.device == data.device and moment.dtype == data.dtype:
+            self._fused(rows, lr, weight_decay)
+            return
+        pieces = (piece for row in rows for piece in zip(*(tensor.split(CHUNK) for tensor in row), strict=True))
+        for data, grad, first, second in _beside_data(pieces):
+            moments = first.float(), second.float()
+            self._fused([(data, grad, *moments)], lr, weight_decay)
+            first.copy_(moments[0])
+            second.copy_(moments[1])
+
+    def _fused(self, rows: Sequence[Row], lr: float, weight_decay: float) -> None:
         data, grads, first, second = (list(column) for column in zip(*rows, strict=True))
         adamw(
             data,
@@ -125,18 +156,45 @@ class AdamW:
         self.skipped_in_row = state["skipped_in_row"]
 
 
+def _zeros_beside(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(data.numel(), dtype=dtype, device=data.device, pin_memory=data.is_pinned())
+
+
+def _beside_data(pieces: Iterable[Row]) -> Iterator[Row]:
+    """The pieces with their gradients where their weights are; the next one is copied while one is used."""
+    waiting: list[tuple[Row, torch.cuda.Event | None]] = []
+    for data, grad, first, second in pieces:
+        copied = None
+        if grad.device != data.device:
+            host = torch.empty_like(grad, device=data.device, pin_memory=True)
+            grad = host.copy_(grad, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+        waiting.append(((data, grad, first, second), copied))
+        if len(waiting) > 1:
+            yield _when_copied(*waiting.pop(0))
+    for row, copied in waiting:
+        yield _when_copied(row, copied)
+
+
+def _when_copied(row: Row, copied: torch.cuda.Event | None) -> Row:
+    if copied is not None:
+        copied.synchronize()
+    return row
+
+
 @torch.no_grad()
 def clip_grad_norm(shards: Sequence[Shard], max_norm: float, mesh: Mesh) -> float:
     """Scale all gradients so that their global L2 norm is at most ``max_norm``; return the norm before.
 
-    Shards are disjoint and their padding is 0, so the sum of their squares over the ranks is that of the whole model.
+    The shards of one copy of the model are disjoint and their padding is 0, so the sum of their squares over its ranks
+    is that of the whole model.
     Nothing is scaled where ``max_norm`` is 0 or the norm is not finite.
     """
     grads = [shard.grad for shard in shards if shard.grad is not None]
     squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if grads:
         squares += torch.stack(torch._foreach_norm(grads)).double().square().sum()
-    norm = math.sqrt(mesh.all_reduce(squares).item())
+    norm = math.sqrt(mesh.all_reduce(squares, over="shards").item())
     if math.isfinite(norm) and 0.0 < max_norm < norm:
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
     return norm

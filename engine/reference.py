@@ -15,11 +15,12 @@ class Reference:
         model: a model of its own (its parameters are taken over), with the weights to freeze or, if
             :meth:`load_from` follows, with any.
         mesh: the ranks.
-        dtype: of the shards, of what is gathered, and so of the arithmetic.
+        dtype: of the shards, of what is gathered, and so of the arithmetic; bfloat16 beside a policy that computes in it.
+        offload: the shards live in the host's memory.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype = torch.float32) -> None:
-        self.sharded = ShardedModel(model, mesh, compute_dtype=dtype, trainable=False)
+    def __init__(self, model: nn.Module, mesh: Mesh, dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
+        self.sharded = ShardedModel(model, mesh, compute_dtype=dtype, trainable=False, offload=offload)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """Log-probability of each target of a packed batch: [T] float32; every rank must call it."""

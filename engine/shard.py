@@ -15,7 +15,15 @@ rank with an empty batch, or one that skips a block, keeps the others company in
     forward    G(root) G(0) | G(1) runs while 0 computes | … | 0 to L-1 are freed one after another
     backward   G(L-1) runs while the head computes | G(L-2) while L-1 computes | S(L-1), G(L-3) while L-2 … | S(root)
 
+With several copies of the model (hybrid sharding, see ``engine/mesh.py``) a sum over the copies follows each S.
 Gradients are SUMS over ranks and micro-batches: a loss is divided by its global count before the backward pass.
+
+A model that no rank can hold is made on the meta device and filled tensor by tensor::
+
+    with torch.device("meta"):
+        model = Model(config)
+    policy = ShardedModel(model, mesh)
+    policy.fill(model.initial_weights(seed))       # or load_weights(policy, folder), from a Hugging Face folder
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +33,12 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .batch import Batch
 from .mesh import Mesh
 from .model import PackedAttention
-from .unit import Shard, Unit
+from .unit import Precision, Shard, Unit
 
 Blocks = Iterable[nn.Module]
 
@@ -43,14 +52,18 @@ class ShardedModel(nn.Module):
         module: any module with equal parameters on every rank; it moves to the mesh's device.
         mesh: the ranks.
         compute_dtype: dtype of the gathered parameters; the master weights stay float32.
+        reduce_dtype: dtype in which gradients are summed over the ranks; over micro-batches they are summed in float32.
         reshard_after_forward: free a block after its forward and gather it again for its backward (two gathers a
             block and step), or keep it (one gather, more memory).
+        activation_checkpointing: keep only the input of each block, and compute the block again in the backward pass.
+        offload: the shards live in the host's memory, pinned, and are copied to the device when a block is gathered.
         units: the blocks in the order in which a forward runs them, or a function of the module that returns them;
             ``module.layers`` by default. A parameter of two blocks, or of a block and the rest, belongs to the root.
         trainable: False makes a frozen copy: master weights in compute_dtype, no gradients.
 
     Raises:
-        ValueError: no ``layers`` and no ``units``; a module that is sharded already; parameters frozen in part.
+        ValueError: no ``layers`` and no ``units``; a module that is sharded already; parameters frozen in part; a
+            buffer on the meta device.
         RuntimeError: from a forward that runs a block twice or out of order, from a backward that comes after
             another forward, and from a gradient that reaches a block after its gradient was reduced.
     """
@@ -61,7 +74,10 @@ class ShardedModel(nn.Module):
         mesh: Mesh,
         *,
         compute_dtype: torch.dtype = torch.float32,
+        reduce_dtype: torch.dtype = torch.float32,
         reshard_after_forward: bool = True,
+        activation_checkpointing: bool = False,
+        offload: bool = False,
         units: Blocks | Callable[[nn.Module], Blocks] | None = None,
         trainable: bool = True,
     ) -> None:
@@ -75,19 +91,17 @@ class ShardedModel(nn.Module):
         self.module, self.mesh, self.compute_dtype = module, mesh, compute_dtype
         self._reshard, self._trainable = reshard_after_forward, trainable
         module.requires_grad_(trainable)
-        for part in module.modules():
-            part._buffers.update({k: b if b is None else b.to(mesh.device) for k, b in part._buffers.items()})
-        master = torch.float32 if trainable else compute_dtype
+        _move_buffers(module, mesh.device)
+        precision = Precision(compute_dtype, torch.float32 if trainable else compute_dtype, reduce_dtype, offload)
         grouped = _group_parameters(module, blocks)
         names = {part: name for name, part in module.named_modules()}
-        self._units = [
-            Unit(names[block], own, mesh, compute_dtype, master)
-            for block, own in zip(blocks, grouped[:-1], strict=True)
-        ]
-        self._root = Unit("", grouped[-1], mesh, compute_dtype, master)
+        self._units = [Unit(names[block], own, mesh, precision) for block, own in zip(blocks, grouped, strict=False)]
+        self._root = Unit("", grouped[-1], mesh, precision)
+        _replace_parameters(module, {old: new for unit in self._all for old, new in unit.replaced.items()})
         self._grad_forward = False  # the forward that runs, or ran last, builds a graph
         self._pending = False  # its backward has not come yet
         self._in_backward = False
+        self._reduce = True  # after this backward
         self._serial = 0  # of the last forward with a graph
         self._next = 0  # forward: the first unit whose gather is not issued; backward: the last unit that was reached
         self._latest = -1  # the last block that ran in this forward
@@ -95,6 +109,8 @@ class ShardedModel(nn.Module):
         module.register_forward_pre_hook(lambda *_: self._before_forward())
         module.register_forward_hook(lambda _module, _args, output: self._after_forward(output))
         for index, block in enumerate(blocks):
+            if activation_checkpointing and trainable:
+                block.forward = _recomputed(block.forward)
             block.register_forward_pre_hook(lambda *_, i=index: self._before_unit(i))
             block.register_forward_hook(lambda _module, _args, output, i=index: self._after_unit(i, output))
         _owned.add(module)
@@ -118,8 +134,28 @@ class ShardedModel(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every shard (their memory is given back)."""
+        for unit in self._all:
+            unit.drop_gradient()
+
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set the master weights from whole tensors by name, one after another; every rank gets the same ones.
+
+        Raises:
+            ValueError: a tensor that the model has not, or of another shape, or one that is missing.
+        """
+        places: dict[str, list[tuple[torch.Tensor, slice]]] = {}
+        shapes = {slot.name: slot.shape for shard in self.shards for slot in shard.slots}
         for shard in self.shards:
-            shard.grad = None
+            for slot, here, there in shard.overlaps():
+                places.setdefault(slot.name, []).append((shard.data[here], there))
+        for name, tensor in weights:
+            if shapes.pop(name, None) != tuple(tensor.shape):
+                raise ValueError(f"{name} of shape {list(tensor.shape)} is no parameter of the model, or comes twice.")
+            for own, there in places.get(name, []):
+                own.copy_(tensor.reshape(-1)[there])
+        if shapes:
+            raise ValueError(f"no values for {next(iter(shapes))} and {len(shapes) - 1} other parameters.")
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -169,14 +205,24 @@ class ShardedModel(nn.Module):
             if name in persistent:
                 yield name, buffer.to("cpu", copy=True)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """``loss.backward()``, also when this rank's loss does not depend on the model: the collectives run anyway."""
-        if loss.requires_grad:
-            loss.backward()
-        if self._pending:
-            with torch.no_grad():
-                self._begin_backward(self._serial, queue=False)
-                self._end_backward()
+    def backward(self, loss: torch.Tensor, reduce: bool = True) -> None:
+        """``loss.backward()``, also when this rank's loss does not depend on the model: the collectives run anyway.
+
+        Args:
+            loss: a scalar.
+            reduce: False keeps the gradients whole on this rank until a backward with True, the same on all ranks:
+                less communication, more memory.
+        """
+        self._reduce = reduce
+        try:
+            if loss.requires_grad:
+                loss.backward()
+            if self._pending:
+                with torch.no_grad():
+                    self._begin_backward(self._serial, queue=False)
+                    self._end_backward()
+        finally:
+            self._reduce = True
 
     # Forward ---------------------------------------------------------------------------------------------------
 
@@ -265,30 +311,57 @@ class ShardedModel(nn.Module):
             unit.start_gather()
             unit.wait()
             unit.begin_gradient()
+            if self._next + 1 < len(self._units):
+                self._units[self._next + 1].free()  # before the next is gathered: its memory serves again
             if self._next > 0:
                 self._units[self._next - 1].start_gather()
             self._reduce_after(self._next)
 
     def _reduce_after(self, index: int) -> None:
-        """Free and reduce the unit after ``index``; one reduction at a time is under way, so buffers do not pile up."""
-        if index + 2 < len(self._units):
-            self._units[index + 2].finish_reduce()
-        if index + 1 < len(self._units):
-            self._units[index + 1].free()
-            self._units[index + 1].start_reduce()
+        """Reduce the unit after ``index``; one sum of each kind is under way, so buffers do not pile up."""
+        for unit in self._units[index + 3 : index + 4]:
+            unit.finish_reduce()
+        for unit in self._units[index + 2 : index + 3]:
+            unit.sum_copies()
+        for unit in self._units[index + 1 : index + 2]:
+            unit.free()
+            unit.start_reduce(self._reduce)
 
     def _end_backward(self) -> None:
         self._backward_reaches(0, self._serial)
         self._reduce_after(-1)
         self._root.free()
-        self._root.start_reduce()
-        for unit in [*self._units[:2], self._root]:
+        self._root.start_reduce(self._reduce)
+        for unit in [*self._units[2::-1], self._root]:
             unit.finish_reduce()
         self._in_backward = False
-        for unit in self._all:
-            for slot, parameter in zip(unit.shard.slots, unit.parameters, strict=True):
-                if parameter.grad is not None:
-                    raise RuntimeError(f"a gradient of {slot.name} came after that of its block; is it used elsewhere?")
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` keeping its inputs alone for the backward pass, which runs it again."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for name, part in module.named_modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta and device.type != "meta":
+                raise ValueError(f"the buffer {name}.{key} is on the meta device; give it its values first.")
+            part._buffers[key] = buffer if buffer is None else buffer.to(device)
+
+
+def _replace_parameters(module: nn.Module, replaced: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Parameters of the meta device cannot take values: others stand in their places, wherever they are used."""
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter in replaced:
+                part._parameters[key] = replaced[parameter]
 
 
 def _blocks(module: nn.Module, units: Blocks | Callable[[nn.Module], Blocks] | None) -> list[nn.Module]:

@@ -62,6 +62,7 @@ def optimise(
     mesh: Mesh,
     lr: float,
     max_grad_norm: float,
+    reduce_every_microbatch: bool = True,
     max_bad_steps: int = 5,
     bad_batch_folder: Path | None = None,
 ) -> Update:
@@ -79,6 +80,8 @@ def optimise(
         mesh: the ranks.
         lr: learning rate of this step.
         max_grad_norm: global norm to clip at; 0 for no clipping.
+        reduce_every_microbatch: False sums gradients over the ranks after the last micro-batch alone; until then each
+            rank holds whole gradients.
         max_bad_steps: so many steps in a row that are not finite end the run.
         bad_batch_folder: where each rank leaves the batches of the step that ended the run, for torch.load.
 
@@ -90,9 +93,9 @@ def optimise(
         return Update(0.0, 0.0, lr)
     policy.zero_grad()
     totals: dict[str, torch.Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         loss, stats = loss_fn(policy, batch)
-        policy.backward(loss)
+        policy.backward(loss, reduce=reduce_every_microbatch or number == len(batches))
         _accumulate(totals, {"loss": loss, **stats})
         del loss, stats  # they hold the graph, which the next forward need not live beside
     grad_norm = clip_grad_norm(policy.shards, max_grad_norm, mesh)

@@ -4,6 +4,7 @@ A unit knows how to become whole, to be freed and to reduce its gradient; when i
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,27 +26,47 @@ class Slot:
     numel: int
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Types and place of a unit's tensors.
+
+    Attributes:
+        compute: dtype of the gathered parameters and of their gradients.
+        master: dtype of the shard.
+        reduce: dtype in which gradients are summed over ranks; over micro-batches they are summed in float32.
+        offload: the shard lives in the host's memory.
+    """
+
+    compute: torch.dtype = torch.float32
+    master: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+    offload: bool = False
+
+
 class Shard:
     """This rank's part of one unit: what the optimiser, the clipping and the checkpoint see.
 
     Attributes:
         name: the unit's name in the module, "" for the root.
-        data: [n] the master weights; float32 for a trained model.
-        grad: [n] float32, the sum over ranks and micro-batches since the last ``zero_grad``, or None.
+        data: [n] the master weights; float32 for a trained model; pinned in the host's memory where offloaded.
+        grad: [n] float32 on the mesh's device, the sum over ranks and micro-batches since the last ``zero_grad``, or
+            None.
         start: the element of the unit's flat buffer that ``data[0]`` is.
-        numel: elements of the whole unit without the padding to the world size.
+        numel: elements of the whole unit without the padding to the number of shards.
         slots: the parameters of the unit, matrices first.
         decay_numel: weight decay is for matrices alone, and they are ``data[:decay_numel]``.
     """
 
-    def __init__(self, name: str, slots: list[Slot], mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, slots: list[Slot], mesh: Mesh, precision: Precision) -> None:
         self.name, self.slots = name, slots
         self.numel = _aligned(slots[-1].offset + slots[-1].numel) if slots else 0
-        part = _aligned(-(-self.numel // mesh.world_size))
-        self.start = mesh.rank * part
+        part = _aligned(-(-self.numel // mesh.shard_size))
+        self.start = mesh.shard_rank * part
         matrices = max((slot.offset + slot.numel for slot in slots if len(slot.shape) >= 2), default=0)
         self.decay_numel = min(max(matrices - self.start, 0), part)
-        self.data = torch.zeros(part, dtype=dtype, device=mesh.device)
+        home = "cpu" if precision.offload else mesh.device
+        pinned = precision.offload and mesh.device.type == "cuda"
+        self.data = torch.zeros(part, dtype=precision.master, device=home, pin_memory=pinned)
         self.grad: torch.Tensor | None = None
 
     def overlaps(self) -> Iterator[tuple[Slot, slice, slice]]:
@@ -64,39 +85,68 @@ class Shard:
 
 
 class Unit:
-    """One flat buffer, the parameters that are views of it, and this rank's shard of it."""
+    """One flat buffer, the parameters that are views of it, and this rank's shard of it.
 
-    def __init__(
-        self, name: str, parameters: list[tuple[str, nn.Parameter]], mesh: Mesh, dtype: torch.dtype, master: torch.dtype
-    ) -> None:
-        self.mesh = mesh
+    Args:
+        name: in the module, "" for the root.
+        parameters: with their names. Those on the meta device have no values yet: the shard stays zero.
+        mesh: the ranks.
+        precision: types, and where the shard lives.
+    """
+
+    def __init__(self, name: str, parameters: list[tuple[str, nn.Parameter]], mesh: Mesh, precision: Precision) -> None:
+        self.mesh, self.precision = mesh, precision
         parameters = sorted(parameters, key=lambda named: named[1].ndim < 2)  # stable: matrices first
         slots, offset = [], 0
         for label, parameter in parameters:
             slots.append(Slot(label, tuple(parameter.shape), offset, parameter.numel()))
             offset = _aligned(offset + parameter.numel())
-        self.parameters = [parameter for _, parameter in parameters]
-        self.shard = Shard(name, slots, mesh, master)
+        self.shard = Shard(name, slots, mesh, precision)
+        sources = dict(parameters)
         for slot, here, there in self.shard.overlaps():
-            source = self.parameters[slots.index(slot)].detach()
-            self.shard.data[here].copy_(source.reshape(-1)[there])
-        self.is_master = mesh.world_size == 1 and dtype == master  # then the shard itself is the buffer
-        numel = self.shard.data.numel() * mesh.world_size
-        self.flat = self.shard.data if self.is_master else torch.empty(numel, dtype=dtype, device=mesh.device)
-        for slot, parameter in zip(slots, self.parameters, strict=True):
-            # It keeps its own version counter, so that a second gather does not look like a change to autograd.
-            parameter.data = self._view(self.flat, slot)
-            parameter.grad = None
+            if not sources[slot.name].is_meta:
+                self.shard.data[here].copy_(sources[slot.name].detach().reshape(-1)[there])
+        # Then the shard itself is the buffer.
+        self.is_master = mesh.shard_size == 1 and precision.compute == precision.master and not precision.offload
+        numel = self.shard.data.numel() * mesh.shard_size
+        empty = torch.empty(0 if self.is_master else numel, dtype=precision.compute, device=mesh.device)
+        self.flat = self.shard.data if self.is_master else empty
+        self.parameters = [self._become_view(slot, sources[slot.name]) for slot in slots]
+        self._slots: dict[torch.Tensor, Slot] = dict(zip(self.parameters, slots, strict=True))
+        self.replaced = {old: new for (_, old), new in zip(parameters, self.parameters, strict=True) if old is not new}
+        self._is_alone = self.is_master and mesh.world_size == 1  # then gradients go straight to the shard
         self.pinned = self.is_master
         self.is_whole = True
         self._gathering: dist.Work | None = None
-        self._gradient: torch.Tensor | None = None
-        self._reducing: tuple[dist.Work | None, torch.Tensor, torch.Tensor] | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._copy_stream = torch.cuda.Stream(mesh.device) if precision.offload and mesh.device.type == "cuda" else None
+        self._gradient: torch.Tensor | None = None  # of this backward, in the compute dtype
+        self._written: set[Slot] = set()  # whose part of it holds a gradient
+        self._unreduced: torch.Tensor | None = None  # of backwards whose reduction was put off, float32
+        self._scattering: tuple[dist.Work | None, torch.Tensor, torch.Tensor] | None = None
+        self._summing: tuple[dist.Work | None, torch.Tensor] | None = None
+        for parameter in self.parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._collect)
         self.free()
+
+    def _become_view(self, slot: Slot, parameter: nn.Parameter) -> nn.Parameter:
+        """The parameter with its place in the buffer as data, under a version counter of its own.
+
+        So a second gather does not look like a change to autograd. One of the meta device needs a new object.
+        """
+        if parameter.is_meta and not self.flat.is_meta:
+            empty = torch.empty(0, dtype=self.flat.dtype, device=self.flat.device)
+            parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        parameter.data = self._view(self.flat, slot)
+        parameter.grad = None
+        return parameter
 
     @staticmethod
     def _view(flat: torch.Tensor, slot: Slot) -> torch.Tensor:
         return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    # Weights ---------------------------------------------------------------------------------------------------
 
     def start_gather(self) -> None:
         """Begin to make the parameters whole, in the compute dtype; nothing if they are or are about to be."""
@@ -104,12 +154,25 @@ class Unit:
             return
         self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         own = self.flat[self.shard.start : self.shard.start + self.shard.data.numel()]
-        own.copy_(self.shard.data)  # cast before the gather: fewer bytes travel
-        self._gathering = self.mesh.all_gather_into(self.flat, own)
+        stream = self._copy_stream
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.mesh.device))  # the buffer's memory had another user
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            master = self.shard.data
+            if stream is not None:
+                master = master.to(self.mesh.device, non_blocking=True)  # copied as it is, then cast on the device
+            if self.mesh.shard_size == 1 or master.dtype != own.dtype or master.device != own.device:
+                master = own.copy_(master)  # cast before the gather: fewer bytes travel
+            self._gathering = self.mesh.all_gather_into(self.flat, master, self.shard.name)
+            if stream is not None:
+                self._copied = stream.record_event()
         self.is_whole = True
 
     def wait(self) -> None:
         """Return when a gather that was started has ended."""
+        if self._copied is not None:
+            self._copied.wait(torch.cuda.current_stream(self.mesh.device))
+            self._copied = None
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
@@ -122,55 +185,104 @@ class Unit:
         self.flat.untyped_storage().resize_(0)
         self.is_whole = False
 
-    def begin_gradient(self) -> None:
-        """Give every parameter its place in one flat gradient, for autograd to add to."""
-        if self.is_master:
-            if self.shard.grad is None:
-                self.shard.grad = torch.zeros_like(self.shard.data)
-            self._gradient = self.shard.grad
-        else:
-            self._gradient = torch.zeros(self.flat.numel(), dtype=self.flat.dtype, device=self.flat.device)
-        for slot, parameter in zip(self.shard.slots, self.parameters, strict=True):
-            parameter.grad = self._view(self._gradient, slot)
+    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, from the master weights, as its own CPU tensor, one at a time; a collective."""
+        part = self.shard.data.numel()
+        pieces = {slot.name: (self.shard.data[here], there) for slot, here, there in self.shard.overlaps()}
+        for slot in self.shard.slots:
+            whole = torch.empty(slot.numel, dtype=self.shard.data.dtype, device=self.mesh.device)
+            if slot.name in pieces:
+                piece, there = pieces[slot.name]
+                whole[there] = piece.to(self.mesh.device)
+            for rank in range(slot.offset // part, -(-(slot.offset + slot.numel) // part)):
+                first, last = max(rank * part - slot.offset, 0), min((rank + 1) * part - slot.offset, slot.numel)
+                self.mesh.broadcast(whole[first:last], rank)
+            yield slot.name, whole.view(slot.shape).cpu()
 
-    def start_reduce(self) -> None:
-        """Begin to sum the flat gradient over the ranks, in float32."""
+    # Gradients -------------------------------------------------------------------------------------------------
+
+    def begin_gradient(self) -> None:
+        """From now on the parameters' gradients are collected in one flat buffer."""
+        kept = self.shard.grad if self._is_alone else self._unreduced
+        if kept is not None and kept.dtype == self.flat.dtype:  # another micro-batch: it is added in place
+            self._gradient, self._written = kept, set(self.shard.slots)
+            self._unreduced = None
+        else:
+            self._gradient = torch.empty(self.flat.numel(), dtype=self.flat.dtype, device=self.flat.device)
+            self._written = set()
+
+    def _collect(self, parameter: torch.Tensor) -> None:
+        """Autograd has all of a parameter's gradient in this backward: it goes to its place."""
+        slot, gradient, parameter.grad = self._slots[parameter], parameter.grad, None
+        if self._gradient is None:
+            raise RuntimeError(f"a gradient of {slot.name} came after that of its block; is it used elsewhere?")
+        assert gradient is not None
+        place = self._view(self._gradient, slot)
+        if slot in self._written:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self._written.add(slot)
+
+    def _complete_gradient(self) -> torch.Tensor:
+        """The flat gradient, with zeros where nothing was written: unused parameters, gaps, and padding."""
         gradient, self._gradient = self._gradient, None
         assert gradient is not None
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self.is_master:
+        end = 0
+        for slot in self.shard.slots:
+            if slot in self._written:
+                gradient[end : slot.offset].zero_()
+                end = slot.offset + slot.numel
+        gradient[end:].zero_()
+        return gradient
+
+    def start_reduce(self, reduce: bool = True) -> None:
+        """Begin to sum the flat gradient over the ranks; without ``reduce`` keep it whole, for a later sum."""
+        gradient = self._complete_gradient()
+        if self._is_alone:
+            self.shard.grad = gradient
             return
-        gradient = gradient.float()
-        if self.mesh.world_size == 1:
-            self._reducing = (None, gradient, gradient)
+        if self._unreduced is not None:
+            gradient, self._unreduced = self._unreduced.add_(gradient), None
+        if not reduce:
+            self._unreduced = gradient.float()
             return
-        part = torch.empty(self.shard.data.numel(), dtype=torch.float32, device=self.flat.device)
-        self._reducing = (self.mesh.reduce_scatter_into(part, gradient), part, gradient)
+        gradient = gradient.to(self.precision.reduce)
+        if self.mesh.shard_size == 1:
+            self._scattering = (None, gradient, gradient)
+            return
+        part = torch.empty(self.shard.data.numel(), dtype=gradient.dtype, device=gradient.device)
+        self._scattering = (self.mesh.reduce_scatter_into(part, gradient, self.shard.name), part, gradient)
+
+    def sum_copies(self) -> None:
+        """When the sum over one copy's ranks is there, begin that over the copies of the model."""
+        if self._scattering is None:
+            return
+        work, part, _ = self._scattering
+        if work is not None:
+            work.wait()
+        self._scattering = None
+        self._summing = (self.mesh.sum_replicas(part, self.shard.name), part)
+        if self.mesh.num_replicas == 1:
+            self.finish_reduce()
 
     def finish_reduce(self) -> None:
         """Add the sum to the shard's gradient."""
-        if self._reducing is None:
+        self.sum_copies()
+        if self._summing is None:
             return
-        work, part, _ = self._reducing
-        self._reducing = None
+        work, part = self._summing
         if work is not None:
             work.wait()
+        self._summing = None
         if self.shard.grad is None:
-            self.shard.grad = part
+            self.shard.grad = part.float()
         else:
             self.shard.grad.add_(part)
 
-    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, from the master weights, as its own CPU tensor; a collective."""
-        flat = self.shard.data
-        if self.mesh.world_size > 1:
-            flat = torch.empty(flat.numel() * self.mesh.world_size, dtype=flat.dtype, device=flat.device)
-            work = self.mesh.all_gather_into(flat, self.shard.data)
-            assert work is not None
-            work.wait()
-        for slot in self.shard.slots:
-            yield slot.name, self._view(flat, slot).to("cpu", copy=True)
+    def drop_gradient(self) -> None:
+        """Forget every gradient, reduced or not."""
+        self.shard.grad = self._unreduced = self._gradient = self._scattering = self._summing = None
 
 
 def _aligned(numel: int) -> int:

@@ -26,18 +26,18 @@ class CountingMesh:
     def __getattr__(self, name):
         return getattr(self._mesh, name)
 
-    def all_gather_into(self, whole, part):
+    def all_gather_into(self, whole, part, label):
         self.calls["gather"] += 1
         self.events.append("G")
         self.elements["gather"] += whole.numel()
-        return self._mesh.all_gather_into(whole, part)
+        return self._mesh.all_gather_into(whole, part, label)
 
-    def reduce_scatter_into(self, part, whole):
+    def reduce_scatter_into(self, part, whole, label):
         assert whole.dtype == torch.float32
         self.calls["scatter"] += 1
         self.events.append("S")
         self.elements["scatter"] += whole.numel()
-        return self._mesh.reduce_scatter_into(part, whole)
+        return self._mesh.reduce_scatter_into(part, whole, label)
 
 
 def whole_units(policy):
