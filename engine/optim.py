@@ -16,7 +16,6 @@ from .errors import UserError
 from .mesh import Mesh
 from .unit import Shard
 
-
 CHUNK = 2**24  # elements that are updated at once where a copy of them is needed
 BFLOAT16_DECAY = 1 - 2**-8  # beyond it a bfloat16 average stands still: what it loses in a step is rounded away
 

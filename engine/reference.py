@@ -15,7 +15,7 @@ class Reference:
         model: a model of its own (its parameters are taken over), with the weights to freeze or, if
             :meth:`load_from` follows, with any.
         mesh: the ranks.
-        dtype: of the shards, of what is gathered, and so of the arithmetic; bfloat16 beside a policy that computes in it.
+        dtype: of the shards, of what is gathered, and so of the arithmetic: the policy's compute dtype.
         offload: the shards live in the host's memory.
     """
 
