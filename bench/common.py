@@ -8,6 +8,7 @@ reported: its absolute times say more about the machine than about the code.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -75,10 +76,14 @@ def _milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], device: t
     return begin.elapsed_time(end)
 
 
-def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float | None:
-    """Device memory that ``run`` holds at its peak beside what is allocated before, its results included."""
+def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
+    """Memory that ``run`` makes PyTorch hold on ``device`` at its peak beside what it held before, results included."""
     if device.type != "cuda":
-        return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run(*arguments)
+        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        return max(itertools.accumulate(changes), default=0) / 2**20
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

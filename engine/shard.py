@@ -294,7 +294,6 @@ class ShardedModel(nn.Module):
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._root.start_gather()
         self._root.wait()
-        self._root.begin_gradient()
         if self._units:
             self._units[-1].start_gather()
 
@@ -310,15 +309,12 @@ class ShardedModel(nn.Module):
             unit = self._units[self._next]
             unit.start_gather()
             unit.wait()
-            unit.begin_gradient()
-            if self._next + 1 < len(self._units):
-                self._units[self._next + 1].free()  # before the next is gathered: its memory serves again
+            self._reduce_after(self._next)  # before the next one is gathered: the memory serves again
             if self._next > 0:
                 self._units[self._next - 1].start_gather()
-            self._reduce_after(self._next)
 
     def _reduce_after(self, index: int) -> None:
-        """Reduce the unit after ``index``; one sum of each kind is under way, so buffers do not pile up."""
+        """Free and sum the unit after ``index``; one sum of each kind is under way, so buffers do not pile up."""
         for unit in self._units[index + 3 : index + 4]:
             unit.finish_reduce()
         for unit in self._units[index + 2 : index + 3]:
@@ -335,6 +331,8 @@ class ShardedModel(nn.Module):
         for unit in [*self._units[2::-1], self._root]:
             unit.finish_reduce()
         self._in_backward = False
+        for unit in self._all:
+            unit.check_gradients_taken()
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

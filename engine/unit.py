@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .mesh import Mesh
+from .mesh import Mesh, Works
 
 ALIGNMENT = 32  # elements: each parameter starts on a 64-byte boundary in bfloat16, as vectorised kernels like it
 
@@ -112,22 +112,16 @@ class Unit:
         empty = torch.empty(0 if self.is_master else numel, dtype=precision.compute, device=mesh.device)
         self.flat = self.shard.data if self.is_master else empty
         self.parameters = [self._become_view(slot, sources[slot.name]) for slot in slots]
-        self._slots: dict[torch.Tensor, Slot] = dict(zip(self.parameters, slots, strict=True))
         self.replaced = {old: new for (_, old), new in zip(parameters, self.parameters, strict=True) if old is not new}
         self._is_alone = self.is_master and mesh.world_size == 1  # then gradients go straight to the shard
         self.pinned = self.is_master
         self.is_whole = True
-        self._gathering: dist.Work | None = None
+        self._gathering: dist.Work | Works | None = None
         self._copied: torch.cuda.Event | None = None
         self._copy_stream = torch.cuda.Stream(mesh.device) if precision.offload and mesh.device.type == "cuda" else None
-        self._gradient: torch.Tensor | None = None  # of this backward, in the compute dtype
-        self._written: set[Slot] = set()  # whose part of it holds a gradient
         self._unreduced: torch.Tensor | None = None  # of backwards whose reduction was put off, float32
-        self._scattering: tuple[dist.Work | None, torch.Tensor, torch.Tensor] | None = None
+        self._scattering: tuple[dist.Work | None, torch.Tensor] | None = None
         self._summing: tuple[dist.Work | None, torch.Tensor] | None = None
-        for parameter in self.parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._collect)
         self.free()
 
     def _become_view(self, slot: Slot, parameter: nn.Parameter) -> nn.Parameter:
@@ -201,67 +195,52 @@ class Unit:
 
     # Gradients -------------------------------------------------------------------------------------------------
 
-    def begin_gradient(self) -> None:
-        """From now on the parameters' gradients are collected in one flat buffer."""
-        kept = self.shard.grad if self._is_alone else self._unreduced
-        if kept is not None and kept.dtype == self.flat.dtype:  # another micro-batch: it is added in place
-            self._gradient, self._written = kept, set(self.shard.slots)
-            self._unreduced = None
-        else:
-            self._gradient = torch.empty(self.flat.numel(), dtype=self.flat.dtype, device=self.flat.device)
-            self._written = set()
-
-    def _collect(self, parameter: torch.Tensor) -> None:
-        """Autograd has all of a parameter's gradient in this backward: it goes to its place."""
-        slot, gradient, parameter.grad = self._slots[parameter], parameter.grad, None
-        if self._gradient is None:
-            raise RuntimeError(f"a gradient of {slot.name} came after that of its block; is it used elsewhere?")
-        assert gradient is not None
-        place = self._view(self._gradient, slot)
-        if slot in self._written:
-            place.add_(gradient)
-        else:
-            place.copy_(gradient)
-            self._written.add(slot)
-
-    def _complete_gradient(self) -> torch.Tensor:
-        """The flat gradient, with zeros where nothing was written: unused parameters, gaps, and padding."""
-        gradient, self._gradient = self._gradient, None
-        assert gradient is not None
-        end = 0
-        for slot in self.shard.slots:
-            if slot in self._written:
-                gradient[end : slot.offset].zero_()
-                end = slot.offset + slot.numel
-        gradient[end:].zero_()
-        return gradient
-
     def start_reduce(self, reduce: bool = True) -> None:
-        """Begin to sum the flat gradient over the ranks; without ``reduce`` keep it whole, for a later sum."""
-        gradient = self._complete_gradient()
+        """Begin to sum the gradients over the ranks; without ``reduce`` keep them whole, for a later sum."""
         if self._is_alone:
-            self.shard.grad = gradient
+            self.shard.grad = self._collect(self.shard.grad, torch.float32)
             return
-        if self._unreduced is not None:
-            gradient, self._unreduced = self._unreduced.add_(gradient), None
-        if not reduce:
-            self._unreduced = gradient.float()
-            return
-        gradient = gradient.to(self.precision.reduce)
-        if self.mesh.shard_size == 1:
-            self._scattering = (None, gradient, gradient)
-            return
-        part = torch.empty(self.shard.data.numel(), dtype=gradient.dtype, device=gradient.device)
-        self._scattering = (self.mesh.reduce_scatter_into(part, gradient, self.shard.name), part, gradient)
+        if self._unreduced is not None or not reduce:
+            self._unreduced = self._collect(self._unreduced, torch.float32)
+            if not reduce:
+                return
+            gradient, self._unreduced = self._unreduced.to(self.precision.reduce), None
+        else:
+            gradient = self._collect(None, self.precision.reduce)
+        self._scattering = (self.mesh.reduce_scatter(gradient, self.shard.name), gradient)
+
+    def _collect(self, flat: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Take the parameters' gradients: add them to ``flat``, or copy them to a new flat buffer of ``dtype``.
+
+        They lie apart until their backward is over: a buffer from its beginning on would stand beside activations that
+        are freed meanwhile.
+        """
+        own = zip(self.shard.slots, self.parameters, strict=True)
+        found = {slot: parameter.grad for slot, parameter in own if parameter.grad is not None}
+        for parameter in self.parameters:
+            parameter.grad = None
+        join = torch._foreach_add_
+        if flat is None:
+            join = torch._foreach_copy_
+            flat = torch.empty(self.flat.numel(), dtype=dtype, device=self.flat.device)
+            end = 0
+            for slot in found:
+                flat[end : slot.offset].zero_()  # parameters without a gradient, and the gaps between them
+                end = slot.offset + slot.numel
+            flat[end:].zero_()
+        if found:
+            join([self._view(flat, slot) for slot in found], list(found.values()))
+        return flat
 
     def sum_copies(self) -> None:
         """When the sum over one copy's ranks is there, begin that over the copies of the model."""
         if self._scattering is None:
             return
-        work, part, _ = self._scattering
+        work, gradient = self._scattering
         if work is not None:
             work.wait()
         self._scattering = None
+        part = gradient[self.shard.start : self.shard.start + self.shard.data.numel()]
         self._summing = (self.mesh.sum_replicas(part, self.shard.name), part)
         if self.mesh.num_replicas == 1:
             self.finish_reduce()
@@ -276,13 +255,21 @@ class Unit:
             work.wait()
         self._summing = None
         if self.shard.grad is None:
-            self.shard.grad = part.float()
+            self.shard.grad = part.to(torch.float32, copy=self.mesh.shard_size > 1)  # the whole buffer can go
         else:
             self.shard.grad.add_(part)
 
+    def check_gradients_taken(self) -> None:
+        """Raise RuntimeError where autograd delivered a gradient after the block's own were collected."""
+        for slot, parameter in zip(self.shard.slots, self.parameters, strict=True):
+            if parameter.grad is not None:
+                raise RuntimeError(f"a gradient of {slot.name} came after that of its block; is it used elsewhere?")
+
     def drop_gradient(self) -> None:
         """Forget every gradient, reduced or not."""
-        self.shard.grad = self._unreduced = self._gradient = self._scattering = self._summing = None
+        self.shard.grad = self._unreduced = self._scattering = self._summing = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def _aligned(numel: int) -> int:

@@ -59,8 +59,9 @@ def collectives(mesh):
     own = whole[2 * mesh.rank : 2 * mesh.rank + 2]
     own.copy_(tensor)
     mesh.all_gather_into(whole, own).wait()
-    part = torch.empty(2)
-    mesh.reduce_scatter_into(part, whole + mesh.rank).wait()
+    summed = whole + mesh.rank
+    mesh.reduce_scatter(summed).wait()
+    part = summed[2 * mesh.rank : 2 * mesh.rank + 2]
     return sums, high, low, whole, part, mesh.all_gather_object({"r": mesh.rank}), mesh.broadcast_object(mesh.rank, 2)
 
 
