@@ -43,10 +43,36 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's change of the rotary frequencies, which lengthens the context; see ``engine.model.Rotary``.
+
+    Raises:
+        UserError: ``high_freq_factor`` is not above ``low_freq_factor``, or ``factor`` is not positive.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise UserError(f"the factor of the rope scaling is {self.factor:g}, expected more than 0; correct it")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"the high_freq_factor of the rope scaling is {self.high_freq_factor:g}, expected more than its "
+                f"low_freq_factor {self.low_freq_factor:g}; correct one of them"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen2 decoder. The defaults are the small analyst of the main job."""
+    """Family and shape of a decoder. The defaults are the small analyst of the main job."""
 
     folder: str = setting("", "Hugging Face folder to start from; empty: random weights of the shape below")
+    model_type: Literal["qwen2", "qwen3", "llama"] = setting(
+        "qwen2", "family; qwen2: biases on query, key and value; qwen3: norms on query and key; llama: neither"
+    )
     vocab_size: int = setting(512, "rows of the embedding", minimum=1)
     hidden_size: int = setting(128, "width", minimum=2)
     intermediate_size: int = setting(384, "width of the SwiGLU", minimum=1)
@@ -55,13 +81,15 @@ class ModelConfig:
     num_key_value_heads: int = setting(2, "key and value heads; divides num_attention_heads", minimum=1)
     head_dim: int = setting(0, "width of a head; 0: hidden_size / num_attention_heads", minimum=0)
     max_position_embeddings: int = setting(1024, "longest sequence, in tokens", minimum=1)
-    rms_norm_eps: float = setting(1e-6, "epsilon of RMSNorm", minimum=0)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", minimum=1)
     tie_word_embeddings: bool = setting(True, "output head shares the embedding")
-    initializer_range: float = setting(0.02, "standard deviation of random weights", minimum=0)
     initialization: Literal["normal", "induction"] = setting(
         "normal", "random weights; induction: with a circuit that copies laid into them, for small models from nothing"
     )
+    # No settings: a Hugging Face folder brings its own, and random weights have no reason for others.
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -77,6 +105,11 @@ class ModelConfig:
         if self.head_size % 2:
             raise UserError(f"the width of a head is {self.head_size}, rotary embeddings need an even one")
         if self.initialization == "induction":
+            if self.model_type != "qwen2":
+                raise UserError(
+                    f"model.initialization 'induction' is laid into biases, which model.model_type {self.model_type!r} "
+                    "has not; choose 'qwen2' or initialization 'normal'"
+                )
             for name, least in (
                 ("num_hidden_layers", 2),
                 ("num_key_value_heads", 2),
@@ -310,10 +343,14 @@ def describe_settings() -> str:
     for name, cls in SECTIONS.items():
         lines.append(f"\n[{name}] {(cls.__doc__ or '').strip()}")
         hints = get_type_hints(cls)
-        for f in dataclasses.fields(cls):
+        for f in _settings(cls):
             key = f"{name}.{f.name}={_spell(f.default)}"
             lines.append(f"  {key:<40} {_type_name(hints[f.name])}: {f.metadata['help']}")
     return "\n".join(lines)
+
+
+def _settings(section: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(section) if "help" in f.metadata]
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -334,7 +371,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     dotted, equals, raw = text.partition("=")
     if not equals:
         raise UserError(f"{text!r} is no override; write section.key=value")
-    known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in _settings(cls)}
     if "." not in dotted:
         homes = [key for key in known if key.split(".")[1] == dotted]
         if len(homes) > 1:
@@ -353,7 +390,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
 
 def _build(name: str, cls: type, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in _settings(cls)}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"unknown configuration key '{name}.{key}'{_nearest(key, fields)}")

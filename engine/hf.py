@@ -1,87 +1,160 @@
-"""Hugging Face folders, both ways: ``config.json`` in its two spellings and weights in safetensors.
+"""Hugging Face folders, both ways: ``config.json`` in its two spellings and weights in safetensors, streamed.
 
 Our parameters bear Hugging Face's names, so there is no table of names: what is checked here is that the folder
-holds every tensor of the model, in its shape, and nothing that the model would silently ignore.
+holds every tensor of the model, in its shape, and nothing that the model would silently ignore. A sharded model is
+read and written without ever being whole: a rank reads the rows of its shards, and rank 0 writes tensor by tensor.
 """
 
+import ctypes
+import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ModelConfig
+from .config import ModelConfig, RopeScaling
 from .errors import UserError
 from .mesh import Mesh
 from .model import Model
+from .shard import ShardedModel
+from .tensorfile import Layout, num_bytes, write_tensors
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PART_BYTES = 5 * 10**9  # a larger model is written in numbered parts
 
-# Sizes that config.json must give; what the file may leave out is read in read_config, with Qwen2's defaults.
+# The files that a save replaces or removes.
+_OURS = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+# Sizes that config.json must give.
 _SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
     "max_position_embeddings",
 )
 
+# What transformers takes where config.json lacks a key, as far as the families differ.
+_DEFAULTS = {
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {},
+}
 
-class Sharded(Protocol):
-    """What saving needs of ``engine.ShardedModel``: whole tensors one unit at a time, on all ranks together."""
 
-    mesh: Mesh
-    module: Any
-
-    def state_dict_full(self) -> Iterable[tuple[str, Tensor]]: ...
+# Configuration -------------------------------------------------------------------------------------------------
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """Reads the shape of a Qwen2 model from ``config.json``.
+    """Reads family and shape of a model from ``config.json``.
 
-    Both spellings are read: ``rope_theta`` at the top level, and ``rope_parameters`` since transformers 5.
+    Both spellings are read: ``rope_theta`` and ``rope_scaling`` at the top level, and ``rope_parameters`` since
+    transformers 5. What the file may leave out is as in transformers' configuration of the family.
 
     Raises:
         UserError: no such file, no JSON, another ``model_type``, a size missing or of a wrong type, or a feature
-            that this decoder has not (rope scaling, sliding windows, another activation).
+            that this decoder has not (rope scaling other than Llama 3's, sliding windows, other biases or activation).
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
     raw = _read_json(path)
-    kind = raw.get("model_type")
-    if kind != "qwen2":
-        raise UserError(f"{path} has model_type {kind!r}, expected 'qwen2'; convert the model or choose another one")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    rope_types = [rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")]
-    rope_type = next((kind for kind in rope_types if kind not in (None, "default")), "default")
-    unsupported = {
-        "rope_type": (rope_type, "default"),
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "use_sliding_window": (raw.get("use_sliding_window", False), False),
-    }
-    for key, (found, expected) in unsupported.items():
-        if found != expected:
-            raise UserError(f"{path} has {key} {found!r}, this decoder only has {expected!r}; choose another model")
+    family = raw.get("model_type")
+    if family not in _ARCHITECTURES:
+        known = ", ".join(map(repr, _ARCHITECTURES))
+        raise UserError(f"{path} has model_type {family!r}, expected one of {known}; choose another model")
+    raw = _DEFAULTS[family] | raw
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{path} has rotary parameters {rope!r}, expected one flat object; choose another model")
     sizes = {key: _number(raw, key, path, int) for key in _SIZES}
-    theta = rope if "rope_theta" in rope else raw
+    _check_features(raw, rope, sizes["num_hidden_layers"], path)
     return ModelConfig(
+        model_type=family,
         **sizes,
+        num_key_value_heads=_number(raw, "num_key_value_heads", path, int, sizes["num_attention_heads"]),
         head_dim=_number(raw, "head_dim", path, int, 0),
         rms_norm_eps=_number(raw, "rms_norm_eps", path, float, 1e-6),
-        rope_theta=_number(theta, "rope_theta", path, float, 10000.0),
+        rope_theta=_number(raw | rope, "rope_theta", path, float, 10000.0),
+        rope_scaling=_rope_scaling(rope, sizes["max_position_embeddings"], path),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         initializer_range=_number(raw, "initializer_range", path, float, 0.02),
     )
+
+
+def _check_features(raw: dict[str, Any], rope: dict[str, Any], num_layers: int, path: Path) -> None:
+    features = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False}
+    if raw["model_type"] == "qwen2":
+        del features["attention_bias"]  # transformers does not look at it there: Qwen2 has its biases
+    for key, expected in features.items():
+        found = (raw | rope).get(key)
+        if found not in (None, expected):
+            raise UserError(f"{path} has {key} {found!r}, this decoder only has {expected!r}; choose another model")
+    windows = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    some = windows and raw.get("max_window_layers", 28) < num_layers
+    for kind in raw.get("layer_types") or ["sliding_attention" if some else "full_attention"]:
+        if kind != "full_attention":
+            raise UserError(
+                f"{path} has layers of {kind} (layer_types, use_sliding_window), this decoder only has full attention; "
+                "choose another model"
+            )
+
+
+def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int, path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"{path} has rope_type {kind!r}, this decoder only has 'default' and 'llama3'; choose another")
+    return RopeScaling(
+        factor=_number(rope, "factor", path, float),
+        low_freq_factor=_number(rope, "low_freq_factor", path, float),
+        high_freq_factor=_number(rope, "high_freq_factor", path, float),
+        original_max_position_embeddings=_number(
+            rope, "original_max_position_embeddings", path, int, max_position_embeddings
+        ),
+    )
+
+
+def _config_json(config: ModelConfig, dtype: torch.dtype) -> str:
+    scaling = config.rope_scaling
+    rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else {"rope_type": "default"}
+    name = str(dtype).removeprefix("torch.")
+    raw: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        **{key: getattr(config, key) for key in _SIZES},
+        "num_key_value_heads": config.num_key_value_heads,
+        **({"head_dim": config.head_size} if config.head_dim or "head_dim" in _DEFAULTS[config.model_type] else {}),
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if scaling else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "torch_dtype": name,
+        "dtype": name,
+    }
+    return json.dumps(raw, indent=2) + "\n"
+
+
+# Reading -------------------------------------------------------------------------------------------------------
 
 
 def load_hf(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -97,117 +170,71 @@ def load_hf(folder: str | Path, device: str | torch.device = "cpu", dtype: torch
             shape, or unknown to the model (each named).
     """
     folder = Path(folder)
-    config = read_config(folder)
     with torch.device("meta"):
-        model = Model(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model = Model(read_config(folder))
     state: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        for name, tensor in _tensors(path):
-            if name not in expected:
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue  # Both repeat what the configuration and the embedding already say.
-                raise UserError(f"{path} holds the tensor {name}, which a Qwen2 model of its config.json has not")
-            if tensor.shape != expected[name]:
-                raise UserError(
-                    f"tensor {name} in {path} has shape {list(tensor.shape)}, config.json asks for "
-                    f"{list(expected[name])}; take both files from the same model"
-                )
-            state[name] = tensor.to(device=device, dtype=dtype)
-    missing = [name for name in expected if name not in state]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; take config.json and weights of the same model")
+    for name, path in _find(folder, {name: tensor.shape for name, tensor in model.state_dict().items()}).items():
+        with _opened(path) as file:
+            state[name] = file.get_tensor(name).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def save_hf(model: Model | Sharded, folder: str | Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` so that transformers loads them as ``Qwen2ForCausalLM``.
+def load_weights(model: ShardedModel, folder: str | Path) -> None:
+    """Fills the shards of a sharded ``Model`` from a Hugging Face folder; a collective.
 
-    A reader finds the earlier folder or the new one, never half of a file. Other files of an existing folder
-    (a tokenizer) stay. With a sharded model all ranks must call; rank 0 writes, and all of them learn of a failure.
+    Each rank reads the rows that its shards hold and no more, so its host memory peaks at its shards and one tensor.
 
     Args:
-        model: a whole or a sharded model.
-        folder: made if it does not exist.
+        model: of the shape that :func:`read_config` gives; its master weights are overwritten, cast to their dtype.
+        folder: as for :func:`load_hf`.
 
     Raises:
-        UserError: the folder cannot be written (no space, no permission).
+        UserError: what :func:`load_hf` raises for weights, on every rank alike.
     """
-    if isinstance(model, Model):
-        _write(model.config, {name: _plain(tensor) for name, tensor in model.state_dict().items()}, Path(folder))
-        return
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict_full():
-        if model.mesh.rank == 0:
-            state[name] = _plain(tensor)
     failure = None
-    if model.mesh.rank == 0:
-        try:
-            _write(model.module.config, state, Path(folder))
-        except UserError as error:
-            failure = str(error)
-    failure = model.mesh.broadcast_object(failure)
-    if failure:
-        raise UserError(failure)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _config_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    raw: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        **{key: getattr(config, key) for key in _SIZES},
-        **({"head_dim": config.head_dim} if config.head_dim else {}),
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "torch_dtype": name,
-        "dtype": name,
-    }
-    return json.dumps(raw, indent=2) + "\n"
-
-
-def _write(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
-    staging = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        staging.chmod(0o777 & ~_umask())
-        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
-        dtype = next(iter(state.values())).dtype
-        (staging / "config.json").write_text(_config_json(config, dtype), encoding="utf-8")
-        for name in (WEIGHTS, "config.json"):
-            with open(staging / name, "rb") as file:
-                os.fsync(file.fileno())
-        if not folder.exists():
-            os.rename(staging, folder)
-            staging = None
-            return
-        for name in (WEIGHTS, "config.json"):
-            os.replace(staging / name, folder / name)
-        (folder / INDEX).unlink(missing_ok=True)  # It names the parts of the model that was there before.
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the model to {folder}: {error}; free space or choose another folder") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shapes = {slot.name: slot.shape for shard in model.shards for slot in shard.slots}
+        paths = _find(Path(folder), shapes)
+        for shard in model.shards:
+            for slot, here, there in shard.overlaps():
+                with _opened(paths[slot.name]) as file:  # for one tensor: closing gives back the pages that were read
+                    shard.data[here].copy_(_elements(file.get_slice(slot.name), slot.shape, there))
+    except UserError as error:
+        failure = str(error)
+    _agree(model.mesh, failure)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _elements(rows: Any, shape: Sequence[int], wanted: slice) -> Tensor:
+    """A range of the elements of a flattened tensor, of which only the rows that cover it are read."""
+    width = math.prod(shape[1:])
+    first = wanted.start // width
+    covering = rows[first : -(-wanted.stop // width)]
+    return covering.reshape(-1)[wanted.start - first * width : wanted.stop - first * width]
+
+
+def _find(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
+    """The file of each of the model's tensors, all of them checked by the headers of the files."""
+    found: dict[str, Path] = {}
+    for path in _weight_files(folder):
+        with _opened(path) as file:
+            for name in sorted(file.keys()):
+                if name not in shapes:
+                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+                        continue  # They repeat what the configuration and the embedding, tied here, already say.
+                    raise UserError(f"{path} holds the tensor {name}, which a model of its config.json has not")
+                shape = file.get_slice(name).get_shape()
+                if shape != list(shapes[name]):
+                    raise UserError(
+                        f"tensor {name} in {path} has shape {shape}, config.json asks for "
+                        f"{list(shapes[name])}; take both files from the same model"
+                    )
+                found[name] = path
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{folder} lacks the tensor {missing[0]}{more}; take config.json and weights of the same model")
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -222,11 +249,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / part for part in sorted(set(parts.values()))]
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                yield name, file.get_tensor(name)
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"{path} is named by {INDEX} and absent; download the folder again") from error
     except (OSError, SafetensorError) as error:
@@ -247,9 +274,159 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _number(raw: dict[str, Any], key: str, path: Path, kind: type, default: Any = None) -> Any:
     value = raw.get(key)
-    value = default if value is None else value
+    if value is None and default is not None:
+        return default
     if value is None:
         raise UserError(f"{path} lacks {key}, expected {kind.__name__}; take the config.json that belongs to the model")
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         raise UserError(f"{path} has {key} {value!r}, expected {kind.__name__}; correct it")
+    minimum = 0 if kind is float else 1
+    if not minimum <= value < math.inf:
+        raise UserError(f"{path} has {key} {value}, expected at least {minimum}; correct it")
     return kind(value)
+
+
+# Writing -------------------------------------------------------------------------------------------------------
+
+
+def save_hf(model: Model | ShardedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a folder that transformers loads: ``config.json`` and weights, in numbered parts if over 5 GB.
+
+    At any moment the folder is the earlier or the new one, never half of each: the new one is made beside it and takes
+    its place. Files that are not the model's (a tokenizer) stay; nobody else should write to the folder meanwhile.
+    With a sharded model all ranks must call: rank 0 writes tensor by tensor, and all of them learn of a failure.
+
+    Args:
+        model: a whole model, or a sharded ``Model``.
+        folder: made if it does not exist.
+        dtype: what the weights are cast to; None: as they are (the master weights of a sharded model).
+
+    Raises:
+        UserError: the folder cannot be written (no space, no permission), or the process works in it.
+    """
+    folder = Path(folder).resolve()
+    if isinstance(model, Model):
+        layout = {name: (dtype or tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
+        _write(model.config, layout, iter(model.state_dict().values()), folder)
+        return
+    config = cast(Model, model.module).config
+    layout = {slot.name: (dtype or shard.data.dtype, slot.shape) for shard in model.shards for slot in shard.slots}
+    tensors = map(itemgetter(1), model.state_dict_full())  # unlike a generator it keeps none while the next is made
+    failure = None
+    if model.mesh.rank == 0:
+        try:
+            _write(config, layout, tensors, folder)
+        except UserError as error:
+            failure = str(error)
+    deque(tensors, maxlen=0)  # a collective: it is run out on the ranks that write nothing, and after a failure
+    _agree(model.mesh, failure)
+
+
+def _agree(mesh: Mesh, failure: str | None) -> None:
+    """If one rank failed, every rank raises its error."""
+    failures = [found for found in mesh.all_gather_object(failure) if found]
+    if failures:
+        raise UserError(failures[0])
+
+
+def _write(config: ModelConfig, layout: Layout, tensors: Iterator[Tensor], folder: Path) -> None:
+    if Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is replaced as a whole and is the working directory; save to a folder below it")
+    staging = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging.chmod(0o777 & ~_umask())
+        parts = _parts(layout)
+        for name, part in parts.items():
+            with _durable(staging / name) as file:
+                write_tensors(file, part, tensors, {"format": "pt"})
+        texts = {CONFIG: _config_json(config, next(iter(layout.values()))[0])}
+        if len(parts) > 1:
+            texts[INDEX] = _index_json(parts)
+        for name, text in texts.items():
+            with _durable(staging / name) as file:
+                file.write(text.encode())
+        _put_in_place(staging, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the model to {folder}: {error}; free space or choose another folder") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _parts(layout: Layout) -> dict[str, Layout]:
+    """Which tensors go to which file: in their order, with a new file where one would grow over PART_BYTES."""
+    parts: list[dict[str, tuple[torch.dtype, Sequence[int]]]] = []
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        more = num_bytes(dtype, shape)
+        if not parts or size + more > PART_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][name] = (dtype, shape)
+        size += more
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
+
+
+def _index_json(parts: Mapping[str, Layout]) -> str:
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    sizes = {
+        "total_parameters": sum(math.prod(shape) for _, shape in tensors),
+        "total_size": sum(num_bytes(dtype, shape) for dtype, shape in tensors),
+    }
+    places = {name: file for file, part in parts.items() for name in part}
+    return json.dumps({"metadata": sizes, "weight_map": places}, indent=2, sort_keys=True) + "\n"
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Makes ``staging`` the folder; ``staging`` is then the earlier one, or gone."""
+    if not folder.exists():
+        os.rename(staging, folder)
+        return
+    top = str(folder)
+
+    def replaced(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if directory == top and _OURS.fullmatch(name)}
+
+    shutil.copytree(top, staging, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True)
+    _exchange(staging, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders in one step where kernel and file system can, else with a moment in which ``old`` is absent."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return
+    aside = new.with_name(new.name + "-earlier")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    os.rename(aside, new)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

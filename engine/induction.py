@@ -16,7 +16,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
 from .model import Model, SelfAttention
 
 PREVIOUS = 16.0  # attention logit of the token one (or two) before over the mean place, layer 0
@@ -60,7 +59,7 @@ def lay_induction(model: Model, seed: int, alike: Iterable[Sequence[int]] = ()) 
     model.model.norm.weight.fill_(GAIN)
 
     first = cast(SelfAttention, model.layers[0].self_attn)
-    frequency = _frequencies(config)
+    frequency = model.model.rotary.frequencies()  # [D/2]
     # The score of distance d is the sum of amplitude^2 cos(frequency (d - back)) / sqrt(D): its peak is at d = back.
     amplitude = (PREVIOUS * math.sqrt(size) * frequency / frequency.sum()).sqrt()
     for head, register in enumerate(registers):
@@ -89,12 +88,6 @@ def lay_induction(model: Model, seed: int, alike: Iterable[Sequence[int]] = ()) 
         second.q_proj.weight[queries] = match[1].repeat(sharing, 1)
         second.v_proj.weight[keys] = value
         second.o_proj.weight[:, queries] = (COPY * norm / part / sharing * value.T).repeat(1, sharing)
-
-
-def _frequencies(config: ModelConfig) -> Tensor:
-    """Radians a token by which rotary embedding turns each pair of channels, [D/2]."""
-    half = config.head_size // 2
-    return 1.0 / config.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
 
 
 def _rows(index: int, count: int) -> slice:

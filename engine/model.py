@@ -1,4 +1,4 @@
-"""One decoder of the Qwen2 shape on packed token streams, and nothing else.
+"""One decoder on packed token streams for the families Qwen2, Qwen3 and Llama 3, and nothing else.
 
 Sequences lie end to end in one stream of tokens, so there is no padding and no batch dimension; what a
 token may look at is decided by the attention callable that the caller gives (:class:`PackedAttention` when
@@ -9,6 +9,7 @@ Legend: T tokens, H hidden, I intermediate, V vocabulary, Hq query heads, Hkv ke
 """
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import packed_attention
 from ..kernels.logprob import grouped_logprob
-from .config import ModelConfig
+from .config import ModelConfig, RopeScaling
 
 
 class Attention(Protocol):
@@ -73,23 +74,43 @@ class Rotary:
 
     Channel i of a head is paired with channel i + D/2. Angles come from the configuration alone: no parameter and
     no buffer that a sharded or meta-device model would have to carry.
+
+    Args:
+        head_dim: D.
+        theta: base of the frequencies.
+        scaling: Llama 3's for long contexts, or None.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> None:
         self.head_dim = head_dim
         self.theta = theta
-        self._frequencies: dict[torch.device, Tensor] = {}
+        self.scaling = scaling
+        self._signed: dict[torch.device, Tensor] = {}
+
+    def frequencies(self, device: torch.device | str = "cpu") -> Tensor:
+        """Radians a token by which each pair of channels turns, [D/2] float32.
+
+        With a scaling, channels that turn less than ``low_freq_factor`` times in the original context are slower by
+        ``factor``, those above ``high_freq_factor`` times stay, and those between are blended (Llama 3, arXiv
+        2407.21783, as Hugging Face's ``_compute_llama3_parameters`` defines it).
+        """
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        plain = 1.0 / self.theta**exponents
+        if self.scaling is None:
+            return plain
+        low, high = self.scaling.low_freq_factor, self.scaling.high_freq_factor
+        turns = self.scaling.original_max_position_embeddings / (2 * math.pi / plain)  # in the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * plain / self.scaling.factor + kept * plain
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors of ``rotate`` for positions [T]: cos and sign-carrying sin, [T,1,D] each."""
-        frequencies = self._frequencies.get(positions.device)
-        if frequencies is None:
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
-            half = 1.0 / self.theta**exponents
+        signed = self._signed.get(positions.device)
+        if signed is None:
+            half = self.frequencies(positions.device)
             # The sign of the sine rides on the frequency: rotate() then needs no negation.
-            frequencies = torch.cat((-half, half))
-            self._frequencies[positions.device] = frequencies
-        angle = (positions.to(torch.float32)[:, None] * frequencies)[:, None, :]
+            signed = self._signed[positions.device] = torch.cat((-half, half))
+        angle = (positions.to(torch.float32)[:, None] * signed)[:, None, :]
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @staticmethod
@@ -98,7 +119,7 @@ class Rotary:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with biases on query, key and value only."""
+    """Grouped-query attention; Qwen2 has biases on query, key and value, Qwen3 norms over each query and key head."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -106,15 +127,18 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_size
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, queries)
-        self.k_proj = Linear(config.hidden_size, keys)
-        self.v_proj = Linear(config.hidden_size, keys)
+        bias, norm = config.model_type == "qwen2", config.model_type == "qwen3"
+        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:  # [T,H] -> [T,H]
         heads = (x.shape[0], -1, self.head_dim)
-        q = Rotary.rotate(self.q_proj(x).view(heads), cos, sin)  # [T,Hq,D]
-        k = Rotary.rotate(self.k_proj(x).view(heads), cos, sin)  # [T,Hkv,D]
+        q = Rotary.rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # [T,Hq,D]
+        k = Rotary.rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # [T,Hkv,D]
         v = self.v_proj(x).view(heads)  # [T,Hkv,D]
         return self.o_proj(attention(self.layer, q, k, v).flatten(1))
 
@@ -155,7 +179,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_size, config.rope_theta)
+        self.rotary = Rotary(config.head_size, config.rope_theta, config.rope_scaling)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:  # [T] -> [T,H]
         x = self.embed_tokens(input_ids)
@@ -221,19 +245,24 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fills every parameter: the same values for the same seed on every device and rank.
+        """Fills every parameter with :meth:`initial_weights`."""
+        for name, values in self.initial_weights(seed):
+            self.get_parameter(name).copy_(values)
 
-        Matrices are normal with ``initializer_range``; those that write into the residual stream are smaller by
-        sqrt(2 x layers), so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019, 2.3).
-        Biases start at 0 and norms at 1.
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Random weights, a whole CPU float32 tensor at a time: the same values for the same seed on every rank.
+
+        Only shapes of the parameters are read, so a model on the meta device, or one whose parameters lie in shards,
+        gives them too. Matrices are normal with ``initializer_range``; those that write into the residual stream are
+        smaller by sqrt(2 x layers), so that the stream's variance does not grow with depth (GPT-2, Radford et al. 2019,
+        2.3). Biases start at 0 and norms at 1.
         """
         generator = torch.Generator().manual_seed(seed)
         residual = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                yield name, values.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            std = self.config.initializer_range * scale
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(values.normal_(0.0, std, generator=generator))
+            yield name, values.normal_(0.0, self.config.initializer_range * scale, generator=generator)

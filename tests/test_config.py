@@ -1,13 +1,14 @@
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from groupwise.engine.config import CONFIGS, SECTIONS, Config, describe_settings, load_config
+from groupwise.engine.config import CONFIGS, SECTIONS, Config, ModelConfig, RopeScaling, describe_settings, load_config
 from groupwise.engine.errors import UserError
 
-SETTINGS = [(name, f) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+SETTINGS = [(name, f) for name, cls in SECTIONS.items() for f in dataclasses.fields(cls) if "help" in f.metadata]
 
 
 def test_defaults_file_and_overrides_are_applied_in_this_order(tmp_path: Path) -> None:
@@ -50,6 +51,8 @@ def test_every_shipped_file_loads_by_its_name(file: Path) -> None:
         ("grpo.steps", "is no override; write section.key=value"),
         ("model.num_key_value_heads=3", "does not divide"),
         ("model.hidden_size=130", "is no multiple of"),
+        ("model.model_type=gpt2", "model.model_type is 'gpt2', expected one of 'qwen2', 'qwen3', 'llama'"),
+        ("model.rms_norm_eps=1e-5", "unknown configuration key 'model.rms_norm_eps'"),
         ("data.failure=0.9", "expected at most 1"),
     ],
 )
@@ -88,6 +91,13 @@ def test_every_setting_is_described_and_there_are_under_100() -> None:
     for section, f in SETTINGS:
         assert f.metadata["help"]
         assert f"{section}.{f.name}=" in text
+
+
+def test_a_model_of_a_folder_survives_json() -> None:
+    model = ModelConfig(model_type="llama", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    config = dataclasses.replace(Config(), model=model)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert "rope_scaling" not in describe_settings()
 
 
 def test_every_setting_is_read_somewhere() -> None:

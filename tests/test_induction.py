@@ -71,6 +71,12 @@ def test_a_shape_without_room_for_the_circuit_is_refused(change: dict[str, int],
         replace(SHAPE, initialization="induction", **change)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_family_without_biases_is_refused(family: str) -> None:
+    with pytest.raises(UserError, match=f"model_type '{family}'"):
+        replace(SHAPE, initialization="induction", model_type=family)
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     models = [Model(SHAPE) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):

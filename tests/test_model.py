@@ -1,9 +1,11 @@
 """The decoder: positions, segments, initialisation; its agreement with transformers is in test_hf.py."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from groupwise.engine.config import ModelConfig
+from groupwise.engine.config import ModelConfig, RopeScaling
 from groupwise.engine.model import Model, PackedAttention, Rotary
 
 CONFIG = ModelConfig(
@@ -66,6 +68,35 @@ def test_rotation_is_relative_and_keeps_lengths():
     assert torch.allclose(turned(q, 77).norm(), q.norm())
 
 
+def test_llama3_frequencies_are_those_of_transformers():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, **dataclasses.asdict(scaling)}
+    theirs = LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    plain, scaled = Rotary(128, 500000.0).frequencies(), Rotary(128, 500000.0, scaling).frequencies()
+    torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=0)
+    assert torch.equal(scaled[:20], plain[:20])
+    assert torch.equal(scaled[-20:], plain[-20:] / 8)
+
+
+def test_families_differ_in_biases_and_norms():
+    names = {
+        family: {name for name, _ in Model(dataclasses.replace(CONFIG, model_type=family)).named_parameters()}
+        for family in ("qwen2", "qwen3", "llama")
+    }
+    attention = {
+        family: {name.removeprefix("model.layers.1.self_attn.") for name in own if "layers.1.self_attn" in name}
+        for family, own in names.items()
+    }
+    matrices = {f"{part}_proj.weight" for part in "qkvo"}
+    assert attention["llama"] == matrices
+    assert attention["qwen2"] == matrices | {f"{part}_proj.bias" for part in "qkv"}
+    assert attention["qwen3"] == matrices | {"q_norm.weight", "k_norm.weight"}
+
+
 def test_logprobs_are_those_of_the_logits():
     model = wild_model()
     ids = torch.randint(97, (15,), generator=torch.Generator().manual_seed(4))
@@ -98,8 +129,22 @@ def test_initialisation(tied: bool):
     assert (one.layers[1].input_layernorm.weight == 1).all()
 
 
-def test_it_learns():
-    model = wild_model()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_model_on_the_meta_device_gives_the_weights_of_a_real_one(family: str):
+    config = dataclasses.replace(CONFIG, model_type=family, tie_word_embeddings=False)
+    real = Model(config)
+    real.init_weights(5)
+    with torch.device("meta"):
+        weights = Model(config).initial_weights(5)
+        for (name, values), (twin, parameter) in zip(weights, real.named_parameters(), strict=True):
+            assert name == twin
+            assert values.device.type == "cpu"
+            assert torch.equal(values, parameter), name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_it_learns(family: str):
+    model = wild_model(dataclasses.replace(CONFIG, model_type=family))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     ids = torch.randint(97, (30,), generator=torch.Generator().manual_seed(5))
     losses = []
