@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -460,21 +461,37 @@ def test_ranks_share_the_search_for_damage(tmp_path):
     assert sorted(names) == ["part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"]
 
 
+def endless(file, *_):
+    while True:
+        file.write(b"x")
+        time.sleep(1e-4)
+
+
+def test_a_saver_that_is_dropped_takes_its_thread_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_write_safetensors", endless)
+    policy, optimizer = fresh(alone())
+    saver = Saver(tmp_path, alone())
+    saver.save(policy, optimizer, {})
+    assert "checkpoint" in [thread.name for thread in threading.enumerate()]
+    del saver
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    monkeypatch.undo()
+    save(tmp_path, policy, optimizer, 1, alone())
+
+
 LEAVING = """
-import sys, torch
-from groupwise.engine.mesh import Mesh
-from groupwise.engine.saver import Saver
-from groupwise.engine.shard import ShardedModel
-model = torch.nn.Module()
-model.layers = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(300))
-saver = Saver(sys.argv[1], Mesh())
-saver.save(ShardedModel(model, Mesh()), None, {})
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import Saver, alone, endless, fresh, module
+module._write_safetensors = endless
+saver = Saver(sys.argv[1], alone())
+saver.save(*fresh(alone()), {})
 assert saver.poll() is None
 """
 
 
 def test_a_process_ends_cleanly_in_the_middle_of_a_save(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LEAVING, tmp_path], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", LEAVING, tmp_path, Path(__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert list_checkpoints(tmp_path) == []
-    assert sum(path.stat().st_size for path in tmp_path.rglob("part-*")) < 300 * 512 * 512 * 4
