@@ -99,7 +99,7 @@ class Saver:
             tensors = self._copy(model, optimizer)
             path = self._temporary / part_name(mesh.rank, mesh.world_size)
             writer = _PartWriter(path, tensors, {"random": _random_text()})
-            # Also where nobody waits, as at the end of a process: a thread that is stopped inside of torch may abort it.
+            # Also where nobody waits, as at the end of a process, which a thread stopped inside of torch may abort.
             self._end_writer = weakref.finalize(self, writer.end)
             writer.start()
             self._writer = writer

@@ -461,6 +461,23 @@ def test_ranks_share_the_search_for_damage(tmp_path):
     assert sorted(names) == ["part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"]
 
 
+@pytest.mark.gpu
+def test_a_gpu_goes_on_while_its_checkpoint_is_written(tmp_path):
+    mesh = Mesh(device=torch.device("cuda", 0))
+    policy, optimizer = fresh(mesh)
+    saver = Saver(tmp_path, mesh)
+    for step in (1, 2):
+        for tensor in [shard.data for shard in policy.shards] + optimizer.exp_avg:
+            tensor.add_(1.0)
+        saver.save(policy, optimizer, {"step": step})
+        then, drawn = everything(policy, optimizer), torch.rand(3, device=mesh.device)
+        for shard in policy.shards:
+            shard.data.add_(1.0)
+        assert saver.wait() is not None
+        assert equal_to(then, tmp_path, mesh) == ({"step": step}, True)
+        assert torch.equal(torch.rand(3, device=mesh.device), drawn)
+
+
 def endless(file, *_):
     while True:
         file.write(b"x")
