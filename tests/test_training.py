@@ -18,6 +18,15 @@ from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of so small a model wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def new_training(folder, stop=6):
     run = Run(load_config(None, [f"run.folder={folder}", "run.checkpoint_every=2"]), Mesh())
     return Training(run, Policy(ShardedModel(small_model(), run.mesh), CONFIG, None), "sft", stop, lambda step: 0.01)
