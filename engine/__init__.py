@@ -8,6 +8,7 @@ from .mesh import Mesh
 from .model import Model
 from .optim import AdamW
 from .reference import Reference
+from .saver import Saver
 from .shard import ShardedModel
 from .tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "Mesh",
     "Model",
     "Reference",
+    "Saver",
     "ShardedModel",
     "Tokenizer",
     "UserError",

@@ -27,8 +27,10 @@ import torch.distributed as dist
 
 from ..engine.config import Config, describe_settings, load_config
 from ..engine.errors import UserError
+from ..engine.lock import Lock
 from ..engine.mesh import Mesh
 from ..engine.metrics import tree_rss_gib
+from ..engine.together import together
 from ..kernels import dispatch
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -44,7 +46,7 @@ class Run:
         claim: the folder becomes this configuration's; False for a recipe that only looks at a run.
 
     Raises:
-        UserError: the run's folder belongs to a run of another configuration.
+        UserError: the run's folder belongs to a run of another configuration, or a run is at work there.
     """
 
     def __init__(self, config: Config, mesh: Mesh, claim: bool = True) -> None:
@@ -54,7 +56,7 @@ class Run:
         self._in_steps = False
         self.memory = MemoryWatch()
         if claim:
-            self._claim_folder()
+            together(mesh, self._claim_folder if self.is_main else lambda: None)
 
     def elapsed_s(self) -> float:
         """Wall seconds since this process was started by the system, imports included."""
@@ -92,10 +94,8 @@ class Run:
             raise KeyboardInterrupt
 
     def _claim_folder(self) -> None:
-        if not self.is_main:
-            self.mesh.barrier()
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / ".lock")  # as long as this run is
         file, mine = self.folder / "config.json", self.config.to_dict()
         if file.exists():
             theirs = json.loads(file.read_text())
@@ -112,7 +112,6 @@ class Run:
                 )
         else:
             write_atomically(file, json.dumps(mine, indent=1))
-        self.mesh.barrier()
 
 
 class MemoryWatch:

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from ..engine.batch import Batch
-from ..engine.checkpoint import latest, load_checkpoint, save_checkpoint
+from ..engine.checkpoint import load_checkpoint
+from ..engine.manifest import list_checkpoints
 from ..engine.metrics import Metrics, progress
 from ..engine.optim import AdamW
+from ..engine.saver import Saver
 from ..engine.schedule import Schedule
 from ..engine.step import LossFunction, Update, optimise
 from .policy import Policy
@@ -41,30 +42,35 @@ class Training:
             weight_decay=settings.weight_decay,
         )
         self.start = 0
-        if latest(self._checkpoints) is not None:
-            state = load_checkpoint(self._checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
+        checkpoints = self.folder / "checkpoints"
+        if run.mesh.broadcast_object(bool(list_checkpoints(checkpoints))):
+            state = load_checkpoint(checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
             self.start = state["step"]
             run.say(f"{phase}: resumed after step {self.start}")
+        self.saver = Saver(checkpoints, run.mesh, run.config.run.keep_checkpoints)
         self.metrics = Metrics(
             run.folder, run.mesh, phase=phase, start_step=self.start, total_steps=stop, console_every=LINE_EVERY
         )
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar; saves when due and before it obeys a signal."""
+        """The steps that are left, with a progress bar; saves in the background when due, and before it obeys a signal.
+
+        Raises:
+            UserError: a checkpoint could not be written.
+        """
         every = self.run.config.run.checkpoint_every
         with self.metrics, self.run.stop_between_steps():
             for step in progress(range(self.start, self.stop), self.phase, rank=self.run.mesh.rank):
                 yield step
                 done = step + 1
+                self.saver.poll()
                 stopping = self.run.agree_to_stop()
                 if stopping or (done % every == 0 and done < self.stop):
-                    self._save(done)
+                    self.saver.save(self.policy.model, self.optimizer, {"step": done})
                 if stopping:
+                    self.saver.wait()
                     raise KeyboardInterrupt
+            self.saver.wait()
 
     def update(self, step: int, batches: Sequence[Batch], loss_fn: LossFunction) -> Update:
         """One optimisation step on this rank's micro-batches; where no rank has any, nothing moves."""
@@ -79,16 +85,6 @@ class Training:
             max_grad_norm=settings.max_grad_norm,
             max_bad_steps=settings.max_bad_steps,
             bad_batch_folder=self.folder,
-        )
-
-    def _save(self, step: int) -> None:
-        save_checkpoint(
-            self._checkpoints,
-            model=self.policy.model,
-            optimizer=self.optimizer,
-            state={"step": step},
-            mesh=self.run.mesh,
-            keep=self.run.config.run.keep_checkpoints,
         )
 
 

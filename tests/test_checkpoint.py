@@ -1,11 +1,17 @@
 """Checkpoints: resumed to the last bit, on any number of ranks, whole or not at all, and never of another model."""
 
-import errno
+import hashlib
 import json
 import logging
 import os
 import random
+import resource
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +20,14 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from toys import Toy, alone, toy_batch, toy_loss
 
-from groupwise.engine import checkpoint as module
-from groupwise.engine.checkpoint import latest, load_checkpoint, save_checkpoint
+from groupwise.engine import saver as module
+from groupwise.engine.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.engine.errors import UserError
+from groupwise.engine.lock import Lock
+from groupwise.engine.manifest import list_checkpoints
+from groupwise.engine.mesh import Mesh
 from groupwise.engine.optim import AdamW
+from groupwise.engine.saver import Saver
 from groupwise.engine.shard import ShardedModel
 
 
@@ -40,6 +50,14 @@ def save(folder, policy, optimizer, step, mesh, **options):
 
 def load(folder, policy, optimizer, mesh):
     return load_checkpoint(folder, model=policy, optimizer=optimizer, mesh=mesh)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def draws():
@@ -128,16 +146,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, file, tmp
     policy, optimizer = fresh(alone())
     first = save(tmp_path, policy, optimizer, 1, alone())
     second = save(tmp_path, policy, optimizer, 2, alone())
-    assert latest(tmp_path) == second
     damage(second / file)
-    assert latest(tmp_path) == first
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path, policy, optimizer, alone()) == {"step": 1}
     assert str(second / file) in caplog.text
     shutil.rmtree(first)
-    assert latest(tmp_path) is None
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="is whole") as raised:
         load(tmp_path, policy, optimizer, alone())
+    assert str(second / file) in str(raised.value)
     assert save(tmp_path, policy, optimizer, 3, alone()).name == "checkpoint-000003-step-3"
 
 
@@ -146,47 +162,53 @@ def test_the_newest_are_kept(tmp_path):
     for step in (10, 20, 20, 5):
         newest = save(tmp_path, policy, optimizer, step, alone(), keep=2)
     names = ["checkpoint-000003-step-20", "checkpoint-000004-step-5"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert latest(tmp_path) == newest
-    assert latest(tmp_path / names[0]) == tmp_path / names[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", *names]
+    assert list_checkpoints(tmp_path) == [newest, tmp_path / names[0]]
+    assert load(tmp_path / names[0], policy, optimizer, alone()) == {"step": 20}
     with pytest.raises(UserError, match="keep"):
         save(tmp_path, policy, optimizer, 1, alone(), keep=0)
-    assert latest(tmp_path / "absent") is None
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        load(tmp_path / "absent", policy, optimizer, alone())
 
 
-def full_disk(mesh, folder, failing):
+def full_disk(mesh, folder, failing, ask):
     policy, optimizer = fresh(mesh)
+    saver = Saver(folder, mesh)
     save(folder, policy, optimizer, 1, mesh)
-    before = sorted((path.name, path.stat().st_size) for path in folder.rglob("*"))
+    before = contents(folder)
     mesh.barrier()
-    flush = module._flush
-
-    def no_room(file):
-        if failing in file.name and mesh.rank == (1 if failing == "part" else 0):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(file)
-
-    module._flush = no_room
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = mesh.rank == (1 if failing == "part" else 0)
+    if full and failing == "part":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, room[1]))
+    train(mesh, policy, optimizer, [0])
+    saver.save(policy, optimizer, {"step": 2})
+    saver._writer.join()
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, room[1]))
+    mesh.barrier()
     try:
-        save(folder, policy, optimizer, 2, mesh)
-        message = "it was saved"
+        message = f"it was saved: {getattr(saver, ask)()}"
     except UserError as error:
         message = str(error)
-    finally:
-        module._flush = flush
     mesh.barrier()
-    return message, before == sorted((path.name, path.stat().st_size) for path in folder.rglob("*"))
+    untouched = before == contents(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    mesh.barrier()
+    saver.save(policy, optimizer, {"step": 3})
+    return message, untouched, saver.wait().name
 
 
-@pytest.mark.parametrize("failing", ["part", "manifest"])
-def test_a_full_disk_is_one_sentence_and_leaves_the_former_checkpoint(failing, tmp_path):
-    ranks = run_ranks(full_disk, 2, tmp_path, failing)
+@pytest.mark.parametrize(("failing", "ask"), [("part", "poll"), ("manifest", "wait")])
+def test_a_full_disk_is_one_sentence_and_leaves_the_former_checkpoint(failing, ask, tmp_path):
+    """A limit on the size of files stands for it: the kernel refuses the write itself."""
+    ranks = run_ranks(full_disk, 2, tmp_path, failing, ask)
     assert ranks[0] == ranks[1]
-    message, untouched = ranks[0]
+    message, untouched, after = ranks[0]
     assert untouched
-    assert "No space left on device" in message
+    assert f"cannot write a checkpoint in {tmp_path}: File too large (rank {1 if failing == 'part' else 0})" in message
     assert "\n" not in message
-    assert latest(tmp_path).name == "checkpoint-000001-step-1"
+    assert after == "checkpoint-000002-step-3"
 
 
 def test_a_save_cut_short_leaves_nothing_that_counts(tmp_path, monkeypatch):
@@ -196,11 +218,13 @@ def test_a_save_cut_short_leaves_nothing_that_counts(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, policy, optimizer, 2, alone())
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == [first]
+    assert names_in(tmp_path) == [".lock", first.name]
     (tmp_path / ".saving").mkdir()  # as a killed process leaves it
     (tmp_path / ".saving" / PART).write_bytes(b"half")
-    assert latest(tmp_path) == first
-    assert latest(tmp_path) != save(tmp_path, policy, optimizer, 2, alone())
+    assert load(tmp_path, policy, optimizer, alone()) == {"step": 1}
+    assert names_in(tmp_path) == [".lock", ".saving", first.name]
+    second = save(tmp_path, policy, optimizer, 2, alone())
+    assert names_in(tmp_path) == [".lock", first.name, second.name]
 
 
 def test_another_model_is_refused_by_name_and_changes_nothing(tmp_path):
@@ -231,4 +255,260 @@ def test_weights_alone(tmp_path):
     assert all(torch.equal(a.data, b.data) for a, b in zip(policy.shards, other.shards, strict=True))
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, model=policy, optimizer=None, state={"x": object()}, mesh=alone())
-    assert json.loads((latest(tmp_path) / "manifest.json").read_text())["body"]["world_size"] == 1
+    assert json.loads((list_checkpoints(tmp_path)[0] / "manifest.json").read_text())["body"]["world_size"] == 1
+
+
+def formula(shard, kind, dtype=torch.float32):
+    """Numbers that tell the kind, the unit and the place in the unit, and that bfloat16 can hold."""
+    place = torch.arange(shard.start, shard.start + shard.data.numel())
+    salt = int(hashlib.md5(f"{kind}/{shard.name}".encode()).hexdigest()[:4], 16)
+    return torch.where(place < shard.numel, (place * 31 + salt) % 251 - 125, 0).to(dtype)
+
+
+def of_formula(mesh, shard_size, moments):
+    grid = Mesh(rank=mesh.rank, world_size=mesh.world_size, group=mesh.group, shard_size=shard_size)
+    policy, optimizer = fresh(grid, seed=mesh.world_size)
+    optimizer.exp_avg = [tensor.to(moments) for tensor in optimizer.exp_avg]
+    optimizer.exp_avg_sq = [tensor.to(moments) for tensor in optimizer.exp_avg_sq]
+    tensors = [
+        (tensor, formula(shard, kind, tensor.dtype))
+        for index, shard in enumerate(policy.shards)
+        for kind, tensor in (
+            ("weight", shard.data),
+            ("first", optimizer.exp_avg[index]),
+            ("second", optimizer.exp_avg_sq[index]),
+        )
+    ]
+    return grid, policy, optimizer, tensors
+
+
+def save_formula(mesh, folder, shard_size, moments):
+    grid, policy, optimizer, tensors = of_formula(mesh, shard_size, moments)
+    for tensor, wanted in tensors:
+        tensor.copy_(wanted)
+    save(folder, policy, optimizer, 1, grid)
+
+
+def load_formula(mesh, folder, shard_size, moments):
+    grid, policy, optimizer, tensors = of_formula(mesh, shard_size, moments)
+    load(folder, policy, optimizer, grid)
+    return [torch.equal(tensor, wanted) for tensor, wanted in tensors]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "saved_as", "loaded_as"),
+    [
+        ((4, 2), (3, 3), torch.float32, torch.float32),
+        ((4, 2), (4, 4), torch.bfloat16, torch.float32),
+        ((3, 3), (4, 2), torch.float32, torch.bfloat16),
+        ((2, 1), (2, 2), torch.float32, torch.float32),
+        ((2, 2), (1, 1), torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_any_grid_of_ranks_reads_any_other(before, after, saved_as, loaded_as, tmp_path):
+    world_size, shard_size = before
+    run_ranks(save_formula, world_size, tmp_path, shard_size, saved_as)
+    parts = [load_file(path) for path in sorted(list_checkpoints(tmp_path)[0].glob("part-*"))]
+    held = [{name: tensor for name, tensor in part.items() if not name.startswith("random")} for part in parts]
+    assert all(held)  # the copies of the model share the writing
+    written = [name for part in held for name in part]
+    assert {written.count(name) for name in written} == {shard_size}  # and no shard is written twice
+    assert {part["exp_avg/layers.0"].dtype for part in held if "exp_avg/layers.0" in part} == {saved_as}
+    equal = run_ranks(load_formula, after[0], tmp_path, after[1], loaded_as)
+    assert all(all(rank) for rank in equal)
+
+
+def everything(policy, optimizer):
+    tensors = [shard.data for shard in policy.shards] + optimizer.exp_avg + optimizer.exp_avg_sq
+    return [tensor.clone() for tensor in tensors]
+
+
+def equal_to(tensors, folder, mesh):
+    policy, optimizer = fresh(mesh, seed=9)
+    state = load(folder, policy, optimizer, mesh)
+    return state, all(torch.equal(a, b) for a, b in zip(tensors, everything(policy, optimizer), strict=True))
+
+
+def sentence(action):
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def in_background(mesh, folder):
+    gate, write = threading.Event(), module._write_safetensors
+    module._write_safetensors = lambda *args: gate.wait() and write(*args)
+    policy, optimizer = fresh(mesh)
+    torch.manual_seed(mesh.rank)
+    train(mesh, policy, optimizer, range(2))
+    saver = Saver(folder, mesh)
+    idle = saver.poll(), saver.wait()
+    state = {"step": 2, "position": [0]}
+    saver.save(policy, optimizer, state)
+    if mesh.rank == 0:
+        gate.set()  # the thread of the other rank cannot end yet
+        saver._writer.join()
+    then, drawn = everything(policy, optimizer), draws()
+    state["position"][0] = 1
+    train(mesh, policy, optimizer, range(2, 4))
+    during = [saver.poll(), saver.poll(), list_checkpoints(folder)]
+    refused = sentence(lambda: load(folder, policy, optimizer, mesh))
+    gate.set()
+    named = saver.wait().name
+    restored = [*equal_to(then, folder, mesh), drawn == draws()]
+    saver.save(policy, optimizer, {"step": 4})
+    while saver.poll() is None:
+        pass
+    module._write_safetensors = write
+    return idle, during, refused, named, restored, equal_to(everything(policy, optimizer), folder, mesh)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    ranks = run_ranks(in_background, 2, tmp_path)
+    assert ranks[0][2] == ranks[1][2]
+    for idle, during, refused, named, restored, second in ranks:
+        assert idle == (None, None)
+        assert during == [None, None, []]
+        assert f"{tmp_path} is being written by another run" in refused
+        assert named == "checkpoint-000001-step-2"
+        assert restored == [{"step": 2, "position": [0]}, True, True]
+        assert second == ({"step": 4}, True)
+
+
+def refused(mesh, folder):
+    policy, optimizer = fresh(mesh)
+    save(folder, policy, optimizer, 1, mesh)
+    other = Lock(folder / ".lock") if mesh.rank == 0 else None
+    (folder / ".saving").mkdir(exist_ok=True)
+    (folder / ".saving" / PART).write_bytes(b"theirs")
+    mesh.barrier()
+    before = contents(folder)
+    sentences = [
+        sentence(lambda: save(folder, policy, optimizer, 2, mesh)),
+        sentence(lambda: load(folder, policy, optimizer, mesh)),
+    ]
+    same = contents(folder) == before
+    mesh.barrier()
+    if other is not None:
+        other.close()
+    return sentences, same, save(folder, policy, optimizer, 2, mesh).name
+
+
+def test_a_folder_that_another_run_writes_is_refused_on_every_rank(tmp_path):
+    """A lock of its own stands for the other run: the kernel tells locks apart, not processes."""
+    ranks = run_ranks(refused, 2, tmp_path)
+    assert ranks[0] == ranks[1]
+    sentences, same, after = ranks[0]
+    assert same
+    assert all(f"{tmp_path} is being written by another run at this moment; wait" in text for text in sentences)
+    assert after == "checkpoint-000002-step-2"
+
+
+def test_what_is_being_read_is_not_removed(tmp_path):
+    policy, optimizer = fresh(alone())
+    first = save(tmp_path, policy, optimizer, 1, alone())
+    with Lock(first / "manifest.json", shared=True), Lock(first / "manifest.json", shared=True):
+        second = save(tmp_path, policy, optimizer, 2, alone(), keep=1)
+        assert list_checkpoints(tmp_path) == [second, first]
+    third = save(tmp_path, policy, optimizer, 3, alone(), keep=1)
+    assert list_checkpoints(tmp_path) == [third]
+
+
+def test_all_is_on_the_device_before_the_name_is(tmp_path, monkeypatch):
+    """Of each file the last write comes before its flush, and the rename after the flushes of all it covers."""
+    flushed, renamed = {}, []
+    fsync, rename = os.fsync, os.rename
+
+    def note_flush(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        flushed[path.name] = contents(path) if path.is_dir() else path.read_bytes()
+        if renamed and path == tmp_path:
+            renamed.append("its name is flushed")
+        fsync(handle)
+
+    def note_rename(source, target):
+        if source.name == ".saving":
+            on_device = [flushed.get(file.name) == data for file, data in contents(source).items()]
+            renamed.append((sorted(flushed), all(on_device), flushed.get(".saving") == contents(source)))
+        else:
+            renamed.append("an old one goes")
+        rename(source, target)
+
+    policy, optimizer = fresh(alone())
+    save(tmp_path, policy, optimizer, 1, alone())
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    save(tmp_path, policy, optimizer, 2, alone(), keep=1)
+    first, *then = renamed
+    assert first == (sorted([".saving", "manifest.json", PART]), True, True)
+    assert then == ["its name is flushed", "an old one goes"]
+
+
+def hashed_files(mesh, folder):
+    policy, optimizer = fresh(mesh)
+    save(folder, policy, optimizer, 1, mesh)
+    digest, names = hashlib.file_digest, []
+    hashlib.file_digest = lambda file, kind: names.append(Path(file.name).name) or digest(file, kind)
+    load(folder, policy, optimizer, mesh)
+    hashlib.file_digest = digest
+    return names
+
+
+def test_ranks_share_the_search_for_damage(tmp_path):
+    names = [name for rank in run_ranks(hashed_files, 2, tmp_path) for name in rank]
+    assert sorted(names) == ["part-00000-of-00002.safetensors", "part-00001-of-00002.safetensors"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_while_its_checkpoint_is_written(tmp_path):
+    mesh = Mesh(device=torch.device("cuda", 0))
+    policy, optimizer = fresh(mesh)
+    saver = Saver(tmp_path, mesh)
+    for step in (1, 2):
+        for tensor in [shard.data for shard in policy.shards] + optimizer.exp_avg:
+            tensor.add_(1.0)
+        saver.save(policy, optimizer, {"step": step})
+        then, drawn = everything(policy, optimizer), torch.rand(3, device=mesh.device)
+        for shard in policy.shards:
+            shard.data.add_(1.0)
+        assert saver.wait() is not None
+        assert equal_to(then, tmp_path, mesh) == ({"step": step}, True)
+        assert torch.equal(torch.rand(3, device=mesh.device), drawn)
+
+
+def endless(file, *_):
+    while True:
+        file.write(b"x")
+        time.sleep(1e-4)
+
+
+def test_a_saver_that_is_dropped_takes_its_thread_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_write_safetensors", endless)
+    policy, optimizer = fresh(alone())
+    saver = Saver(tmp_path, alone())
+    saver.save(policy, optimizer, {})
+    assert "checkpoint" in [thread.name for thread in threading.enumerate()]
+    del saver
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    monkeypatch.undo()
+    save(tmp_path, policy, optimizer, 1, alone())
+
+
+LEAVING = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import Saver, alone, endless, fresh, module
+module._write_safetensors = endless
+saver = Saver(sys.argv[1], alone())
+saver.save(*fresh(alone()), {})
+assert saver.poll() is None
+"""
+
+
+def test_a_process_ends_cleanly_in_the_middle_of_a_save(tmp_path):
+    command = [sys.executable, "-c", LEAVING, tmp_path, Path(__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list_checkpoints(tmp_path) == []
