@@ -3,7 +3,7 @@
 A unit knows how to become whole, to be freed and to reduce its gradient; when it does so is ``engine/shard.py``'s.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -219,7 +219,7 @@ class Unit:
         found = {slot: parameter.grad for slot, parameter in own if parameter.grad is not None}
         for parameter in self.parameters:
             parameter.grad = None
-        join = torch._foreach_add_
+        join: Callable[..., None] = torch._foreach_add_
         if flat is None:
             join = torch._foreach_copy_
             flat = torch.empty(self.flat.numel(), dtype=dtype, device=self.flat.device)
