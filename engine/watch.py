@@ -9,7 +9,7 @@ thread reaches a verdict where
   unless some give no sign of life at all. A rank may compute for as long as nobody waits for it.
 
 The verdict is raised in the main thread by the collective that fails or that comes next. A main thread that is stuck in
-a collective, or comes to none for two beats, cannot raise it: then the thread ends the process with that sentence.
+a collective, or comes to none in two seconds, cannot raise it: then the thread ends the process with that sentence.
 """
 
 import atexit
@@ -30,7 +30,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-GRACE_S = 2.0  # how long a failed collective waits for the reason to be known
+GRACE_S = 2.0  # between what the main thread notices and what the watch does
 UNLIMITED = timedelta(0)
 _last_words = threading.Lock()
 
@@ -39,7 +39,7 @@ class RankLost(RuntimeError):
     """Another rank died, hangs or failed.
 
     Attributes: ``cause`` (what happened, as every rank may say it) and ``speaks_first`` (whether this rank is the one
-    to say it where one is enough).
+    to say it; the others wait a second, in which torchrun may end them).
     """
 
     def __init__(self, sentence: str, cause: str, speaks_first: bool) -> None:
@@ -224,7 +224,7 @@ class Watch:
                 self._reachable = False
             if self._lost is None:
                 self._lost, self._lost_at = self._judge(gone), time.monotonic()
-            elif not self._told and time.monotonic() - self._lost_at >= 2 * self._period and not self._stopping:
+            elif not self._told and time.monotonic() - self._lost_at > GRACE_S and not self._stopping:
                 leave_process(1, f"error: {self._lost}", self._lost.speaks_first)
             try:
                 self._wake.get(timeout=self._period)
@@ -251,7 +251,7 @@ class Watch:
             return self._verdict(f"{_names(dead)} died (process {pids} is gone)", dead)
         for rank, peer in self._peers.items():
             if peer.end:
-                return self._verdict(peer.end, [rank])
+                return self._verdict(peer.end, [rank], relayed=True)
         for call in self._under_way.copy().values():
             if (waited := time.monotonic() - call.since) > self.timeout_s and not call.is_completed():
                 return self._overdue(call, waited)
@@ -275,11 +275,11 @@ class Watch:
         cause = f"{_names(late)} did not enter {call.what} in {waited:.0f} s and had last entered {peer.what}{since}"
         return self._verdict(cause, late)
 
-    def _verdict(self, cause: str, culprits: list[int]) -> RankLost:
+    def _verdict(self, cause: str, culprits: list[int], relayed: bool = False) -> RankLost:
         under_way = next(iter(self._under_way.copy().values()), None)
         where = f"was in {under_way.what}" if under_way else f"had last been in {self._mine.what}"
-        first = min(rank for rank in [self.rank, *self._peers] if rank not in culprits)
-        return RankLost(f"{cause}; rank {self.rank} {where}", cause, first == self.rank)
+        lowest = min({self.rank, *self._peers} - set(culprits))
+        return RankLost(f"{cause}; rank {self.rank} {where}", cause, lowest == self.rank and not relayed)
 
 
 def leave_process(status: int, sentence: str, at_once: bool) -> NoReturn:
@@ -309,13 +309,16 @@ def _names(ranks: list[int]) -> str:
 
 
 def _machine() -> str:
-    """Where a process number means the same process: this boot of this machine, in this container."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    """Where a process number means the same process: this boot of this machine, in this container; "" if unknown."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _process_state(peer: State, mine: State) -> str:
     """The letter of proc(5) of a process on this machine, "X" where it is gone and "?" elsewhere."""
-    if not peer.pid or peer.machine != mine.machine:
+    if not peer.machine or peer.machine != mine.machine:
         return "?"
     try:
         return Path(f"/proc/{peer.pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -73,10 +73,10 @@ def fails_in_the_middle(mesh, fault, faulty=FAULTY):
     gather(mesh)
 
 
-# A collective that fails raises; a main thread that is stuck in one is ended.
+# A collective that fails raises; a main thread that is stuck in one is ended. A rank that raises may go slowly.
 SENTENCES = {
     "kill": r"RankLost: rank 1 died \(process \d+ is gone\); ",
-    "raise": r"RankLost: rank 1 ended with ValueError: this rank breaks; ",
+    "raise": r"(RankLost|error): rank 1 ended with ValueError: this rank breaks; ",
     "stop": r"\Aerror: rank 1 gave no sign of life for \d s \(process \d+ is stopped\); ",
     "sleep": r"\Aerror: rank 1 did not enter all-gather of model.layers.3 in \d s "
     r"and had last entered barrier, \d s ago; ",
@@ -158,15 +158,14 @@ def test_a_mistake_in_a_collective_stays_what_it_is(tmp_path):
         assert "invalid tensor size" in said
 
 
-def test_a_collective_costs_microseconds():
-    """The watch of a rank that is not started keeps count all the same; nothing is left of what has ended."""
+def test_nothing_is_kept_of_a_collective_that_has_ended():
     watch = Watch(0, 2)
-    for _ in range(1000):
+    for _ in range(10):
         with watch.inside("barrier"):
             pass
     assert watch._under_way == {}
     call = watch.enter("all-gather")
-    assert (call.number, call.what, list(watch._under_way)) == (1001, "all-gather", [1001])
+    assert (call.number, call.what, list(watch._under_way)) == (11, "all-gather", [11])
 
 
 def test_last_words_are_in_torchruns_report(tmp_path):
