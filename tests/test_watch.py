@@ -140,8 +140,9 @@ def test_of_the_ranks_that_wait_for_each_other_the_last_is_named(tmp_path):
 
 def is_slow(mesh):
     mesh.barrier()
-    time.sleep(2.5)
-    mesh.barrier()
+    prefetched = mesh.all_gather_into(torch.zeros(8), torch.ones(4), "model.layers.3")
+    time.sleep(3.5)
+    prefetched.wait()
 
 
 def test_a_rank_computes_for_longer_than_the_timeout_where_nobody_waits_for_it(tmp_path):
