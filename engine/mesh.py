@@ -12,7 +12,9 @@ same place in their row hold the same part of each copy (hybrid sharding). With 
 
 import gc
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError
+from .watch import Collective, RankLost, Watch
 
 Over = Literal["world", "shards", "replicas"]
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -29,25 +32,16 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Works:
-    """Several collectives that are waited for as one."""
-
-    def __init__(self, works: list[dist.Work]) -> None:
-        self._works = works
-
-    def wait(self) -> None:
-        """Return when all have ended."""
-        for work in self._works:
-            work.wait()
-
-
 class Mesh:
     """The ranks of one launch. Make it with :meth:`create`, end it with :meth:`close` or a ``with`` block.
+
+    Every collective raises RankLost, whose message names the rank and the collective, where another rank died, failed
+    or did not come in time; ``engine/watch.py`` says how that is known. All ranks enter the same ones in one order.
 
     Attributes: ``rank``, ``world_size``, ``local_rank``, ``local_world_size``, ``device`` (where this rank computes),
     ``backend`` ("nccl", "gloo", or "none" in a world of one), ``shard_size`` (ranks that hold one copy of the model),
     ``shard_rank`` (this rank's place among them), ``num_replicas`` (copies of the model), ``replica_rank`` (which of
-    them this rank helps to hold) and ``group`` (None in a world of one).
+    them this rank helps to hold), ``group`` (None in a world of one) and ``watch`` (an eye on the other ranks).
     """
 
     def __init__(
@@ -61,6 +55,7 @@ class Mesh:
         backend: str = "none",
         group: dist.ProcessGroup | None = None,
         shard_size: int = 0,
+        timeout_s: float = 600.0,
         reason: str = "",
     ) -> None:
         self.rank, self.world_size = rank, world_size
@@ -70,6 +65,7 @@ class Mesh:
         self.local_rank, self.local_world_size = local_rank, local_world_size
         self.device = device or torch.device("cpu")
         self.backend, self.group, self._reason = backend, group, reason
+        self.watch = Watch(rank, world_size, timeout_s, on_cuda=backend == "nccl")
         self._groups = {"world": group, "shards": group, "replicas": None}
         if group is not None and self.num_replicas > 1:
             ranks = torch.arange(world_size).view(self.num_replicas, self.shard_size)
@@ -84,7 +80,7 @@ class Mesh:
         are divided among the ranks of the machine.
 
         Args:
-            timeout_s: seconds after which a collective that some rank never entered fails.
+            timeout_s: seconds after which a collective that some rank never entered ends this rank.
             shard_size: ranks that hold one copy of the model, a divisor of all; 0: all of them, one copy.
             init_method: how the ranks find each other; torchrun's environment by default.
 
@@ -108,18 +104,24 @@ class Mesh:
             device, backend = torch.device("cpu"), "gloo"
             if local_world_size > 1:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        group = None
+        group, store = None, None
         if world_size > 1:
+            timeout = timedelta(seconds=2 * timeout_s + 30)  # the watch, which names the rank, comes first
+            store = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))[0]
+            if world_size == local_world_size:
+                # torchrun keeps one store for all attempts, in which a restarted rank would find the addresses of
+                # dead ones; of several machines each counts its own attempts.
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(
                 backend,
-                init_method=init_method,
+                store=store,
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timeout,
                 device_id=device if backend == "nccl" else None,
             )
             group = dist.group.WORLD
-        return cls(
+        mesh = cls(
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
@@ -128,8 +130,12 @@ class Mesh:
             backend=backend if world_size > 1 else "none",
             group=group,
             shard_size=shard_size,
+            timeout_s=timeout_s,
             reason=reason,
         )
+        if store is not None:
+            mesh.watch.start(store)
+        return mesh
 
     def describe(self) -> str:
         """One line for the start of a run: how many ranks, on what, and why not on GPUs."""
@@ -145,44 +151,54 @@ class Mesh:
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", over: Over = "world") -> torch.Tensor:
         """Reduce ``tensor`` (any shape, on ``device``) over the ranks, in place, and return it; op: sum, max or min."""
         if (group := self._groups[over]) is not None:
-            dist.all_reduce(tensor, op=REDUCTIONS[op], group=group)
+            with self.watch.inside(f"all-reduce ({op}) over the {over}"):
+                dist.all_reduce(tensor, op=REDUCTIONS[op], group=group)
         return tensor
 
-    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor, label: str = "") -> dist.Work | Works | None:
+    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor, label: str = "") -> Collective | None:
         """Start gathering ``part[n]`` of each shard rank into ``whole[shard_size * n]``; wait() before use.
 
-        ``part`` may be this rank's own slice of ``whole``.
+        ``part`` may be this rank's own slice of ``whole``; ``label`` says in an error what was gathered.
         """
         if (group := self._groups["shards"]) is None:
             return None
-        if self.backend == "gloo":  # whose all-gather receives into a copy: this does in place, in half of the time
+        if self.backend == "gloo":  # its all-gather receives into a copy; this is in place, in half of the time
             pieces = whole.chunk(self.shard_size)
             pieces[self.shard_rank].copy_(part)
-            works = [dist.broadcast(piece, group=group, group_src=i, async_op=True) for i, piece in enumerate(pieces)]
-            return Works(works)
-        return _all_gather(whole, part, group=group, async_op=True)
+            broadcasts = [partial(dist.broadcast, piece, group_src=i) for i, piece in enumerate(pieces)]
+            return self._start("all-gather", label, group, broadcasts)
+        return self._start("all-gather", label, group, [partial(_all_gather, whole, part)])
 
-    def reduce_scatter(self, whole: torch.Tensor, label: str = "") -> dist.Work | None:
+    def reduce_scatter(self, whole: torch.Tensor, label: str = "") -> Collective | None:
         """Start summing ``whole[shard_size * n]`` over the shard ranks, in place.
 
         Afterwards this rank's slice of n holds its part of the sum, and the rest is undefined.
         """
         if (group := self._groups["shards"]) is None:
             return None
-        if self.backend == "gloo":  # whose reduce-scatter is this on a copy
-            return dist.all_reduce(whole, group=group, async_op=True)
-        return _reduce_scatter(whole.chunk(self.shard_size)[self.shard_rank], whole, group=group, async_op=True)
+        part = whole.chunk(self.shard_size)[self.shard_rank]
+        # gloo's reduce-scatter is an all-reduce of a copy
+        in_place = partial(dist.all_reduce, whole) if self.backend == "gloo" else partial(_reduce_scatter, part, whole)
+        return self._start("reduce-scatter", label, group, [in_place])
 
-    def sum_replicas(self, part: torch.Tensor, label: str = "") -> dist.Work | None:
+    def sum_replicas(self, part: torch.Tensor, label: str = "") -> Collective | None:
         """Start summing ``part``, in place, over the ranks that hold the same part of each copy of the model."""
         if (group := self._groups["replicas"]) is None:
             return None
-        return dist.all_reduce(part, group=group, async_op=True)
+        return self._start("all-reduce over the replicas", label, group, [partial(dist.all_reduce, part)])
+
+    def _start(
+        self, what: str, label: str, group: dist.ProcessGroup, parts: Sequence[Callable[..., dist.Work]]
+    ) -> Collective:
+        call = self.watch.enter(f"{what} of {label}" if label else what)
+        call.start([partial(part, group=group, async_op=True) for part in parts])
+        return call
 
     def broadcast(self, tensor: torch.Tensor, shard_rank: int) -> torch.Tensor:
         """Fill ``tensor`` on all ranks of this copy of the model with that of one of them, in place."""
         if (group := self._groups["shards"]) is not None:
-            dist.broadcast(tensor, group=group, group_src=shard_rank)
+            with self.watch.inside("broadcast over the shards"):
+                dist.broadcast(tensor, group=group, group_src=shard_rank)
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -190,7 +206,8 @@ class Mesh:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        with self.watch.inside("all-gather of objects"):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
@@ -198,13 +215,15 @@ class Mesh:
         if self.group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=src, group=self.group)
+        with self.watch.inside(f"broadcast of an object of rank {src}"):
+            dist.broadcast_object_list(box, src=src, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
         if self.group is not None:
-            dist.barrier(group=self.group)
+            with self.watch.inside("barrier"):
+                dist.barrier(group=self.group)
 
     def close(self) -> None:
         """Leave the process group; safe to call twice.
@@ -215,10 +234,22 @@ class Mesh:
         if self.group is None:
             return
         gc.collect()
+        self.watch.announce("")
         self.barrier()
         self._destroy()
 
+    def announce(self, error: BaseException) -> None:
+        """Tell the other ranks that this one ends, and of what."""
+        if isinstance(error, RankLost):
+            self.watch.announce(error.cause)
+        elif isinstance(error, KeyboardInterrupt):
+            self.watch.announce("")
+        else:
+            said = str(error).strip().partition("\n")[0]
+            self.watch.announce(f"rank {self.rank} ended with {type(error).__name__}{said and ': '}{said}")
+
     def _destroy(self) -> None:
+        self.watch.stop()
         self.group = None
         self._groups = dict.fromkeys(self._groups)
         gc.collect()
@@ -230,9 +261,10 @@ class Mesh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error is None:
             self.close()
         elif self.group is not None:  # the other ranks may be elsewhere: waiting for them would hide the error
+            self.announce(error)
             self._destroy()
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .mesh import Mesh, Works
+from .mesh import Mesh
 
 ALIGNMENT = 32  # elements: each parameter starts on a 64-byte boundary in bfloat16, as vectorised kernels like it
 
@@ -96,6 +96,7 @@ class Unit:
 
     def __init__(self, name: str, parameters: list[tuple[str, nn.Parameter]], mesh: Mesh, precision: Precision) -> None:
         self.mesh, self.precision = mesh, precision
+        self._label = name or "the root"  # in errors of the network
         parameters = sorted(parameters, key=lambda named: named[1].ndim < 2)  # stable: matrices first
         slots, offset = [], 0
         for label, parameter in parameters:
@@ -116,7 +117,7 @@ class Unit:
         self._is_alone = self.is_master and mesh.world_size == 1  # then gradients go straight to the shard
         self.pinned = self.is_master
         self.is_whole = True
-        self._gathering: dist.Work | Works | None = None
+        self._gathering: dist.Work | None = None
         self._copied: torch.cuda.Event | None = None
         self._copy_stream = torch.cuda.Stream(mesh.device) if precision.offload and mesh.device.type == "cuda" else None
         self._unreduced: torch.Tensor | None = None  # of backwards whose reduction was put off, float32
@@ -157,7 +158,7 @@ class Unit:
                 master = master.to(self.mesh.device, non_blocking=True)  # copied as it is, then cast on the device
             if self.mesh.shard_size == 1 or master.dtype != own.dtype or master.device != own.device:
                 master = own.copy_(master)  # cast before the gather: fewer bytes travel
-            self._gathering = self.mesh.all_gather_into(self.flat, master, self.shard.name)
+            self._gathering = self.mesh.all_gather_into(self.flat, master, self._label)
             if stream is not None:
                 self._copied = stream.record_event()
         self.is_whole = True
@@ -207,7 +208,7 @@ class Unit:
             gradient, self._unreduced = self._unreduced.to(self.precision.reduce), None
         else:
             gradient = self._collect(None, self.precision.reduce)
-        self._scattering = (self.mesh.reduce_scatter(gradient, self.shard.name), gradient)
+        self._scattering = (self.mesh.reduce_scatter(gradient, self._label), gradient)
 
     def _collect(self, flat: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Take the parameters' gradients: add them to ``flat``, or copy them to a new flat buffer of ``dtype``.
@@ -241,7 +242,7 @@ class Unit:
             work.wait()
         self._scattering = None
         part = gradient[self.shard.start : self.shard.start + self.shard.data.numel()]
-        self._summing = (self.mesh.sum_replicas(part, self.shard.name), part)
+        self._summing = (self.mesh.sum_replicas(part, self._label), part)
         if self.mesh.num_replicas == 1:
             self.finish_reduce()
 

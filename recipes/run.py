@@ -18,12 +18,13 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from ..engine.config import Config, describe_settings, load_config
 from ..engine.errors import UserError
@@ -31,6 +32,7 @@ from ..engine.lock import Lock
 from ..engine.mesh import Mesh
 from ..engine.metrics import tree_rss_gib
 from ..engine.together import together
+from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -88,7 +90,13 @@ class Run:
         return bool(self.mesh.all_reduce(asked, op="max").item())
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ends at once outside of steps, after the step under way within them."""
+        """Ends at once outside of steps, after the step under way within them.
+
+        Raises:
+            RankLost: another rank failed, and torchrun ends the others for that reason.
+        """
+        if lost := self.mesh.watch.lost():
+            raise lost
         self._stop_requested = True
         if not self._in_steps:
             raise KeyboardInterrupt
@@ -153,7 +161,7 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
     if any(arg in ("-h", "--help") for arg in argv):
         print(f"{sys.modules[recipe.__module__].__doc__}\nSettings and their defaults:{describe_settings()}")
         return
-    status, mesh = 0, None
+    mesh = None
     _keep_freed_memory()
     try:
         path = argv[0] if argv and "=" not in argv[0] else None
@@ -164,28 +172,13 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
             signal.signal(number, run.on_signal)
         run.say(f"{mesh.describe()} | {dispatch.describe()}")
         recipe(run)
-    except UserError as error:
-        status = _end(USER_ERROR, f"error: {error}")
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
-            _end(status, f"stopped; what is done is saved. To go on:\n  {_command(argv)}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        status = _end(
-            USER_ERROR, f"error: no space left on the device for {error.filename or 'the run folder'}; free some"
-        )
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        status = _end(1, f"ended because another rank did: {str(error).splitlines()[0]}")
-    if status == 0 and mesh is not None:
         mesh.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status:
-        os._exit(status)  # other ranks may wait in a collective: leave without joining it, torchrun ends them
+    except (Exception, KeyboardInterrupt) as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's comes soon; this rank ends by itself
+            signal.signal(number, signal.SIG_IGN)
+        if mesh is not None:
+            mesh.announce(error)
+        _end(error, argv)
 
 
 def _keep_freed_memory() -> None:
@@ -199,17 +192,21 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 512 * 2**20)
 
 
-def _end(status: int, sentence: str) -> int:
-    """Says why this rank ends, on the console and, for torchrun's closing report, in the file that it reads."""
+def _end(error: BaseException, argv: list[str]) -> NoReturn:
+    """Ends the process with one sentence, after a traceback where nobody outside can have caused the error."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(1.0)  # where rank 0 has the same to say, torchrun has ended this one by then
-        sentence = f"rank {rank}: {sentence}"
-    print(sentence, file=sys.stderr, flush=True)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
-    return status
+    mine = "" if rank == "0" else f"rank {rank}: "
+    if isinstance(error, RankLost):
+        leave_process(1, f"error: {error}", error.speaks_first)
+    if isinstance(error, KeyboardInterrupt):  # all ranks stop together
+        stopped = f"stopped; what is done is saved. To go on:\n  {_command(argv)}"
+        leave_process(INTERRUPTED, "" if mine else stopped, at_once=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = UserError(f"no space left on the device for {error.filename or 'the run folder'}; free some")
+    if isinstance(error, UserError):
+        leave_process(USER_ERROR, f"{mine}error: {error}", at_once=not mine)
+    traceback.print_exc()
+    leave_process(1, f"{mine}error: {type(error).__name__}: {error}", at_once=True)
 
 
 def _command(argv: list[str]) -> str:
