@@ -26,10 +26,10 @@ from torch import Tensor
 
 from .config import ModelConfig, RopeScaling
 from .errors import UserError
-from .mesh import Mesh
 from .model import Model
 from .shard import ShardedModel
 from .tensorfile import Layout, num_bytes, write_tensors
+from .together import together
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -192,17 +192,15 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
     Raises:
         UserError: what :func:`load_hf` raises for weights, on every rank alike.
     """
-    failure = None
-    try:
-        shapes = {slot.name: slot.shape for shard in model.shards for slot in shard.slots}
-        paths = _find(Path(folder), shapes)
+
+    def fill() -> None:
+        paths = _find(Path(folder), {slot.name: slot.shape for shard in model.shards for slot in shard.slots})
         for shard in model.shards:
             for slot, here, there in shard.overlaps():
                 with _opened(paths[slot.name]) as file:  # for one tensor: closing gives back the pages that were read
                     shard.data[here].copy_(_elements(file.get_slice(slot.name), slot.shape, there))
-    except UserError as error:
-        failure = str(error)
-    _agree(model.mesh, failure)
+
+    together(model.mesh, fill)
 
 
 def _elements(rows: Any, shape: Sequence[int], wanted: slice) -> Tensor:
@@ -312,21 +310,15 @@ def save_hf(model: Model | ShardedModel, folder: str | Path, dtype: torch.dtype 
     config = cast(Model, model.module).config
     layout = {slot.name: (dtype or shard.data.dtype, slot.shape) for shard in model.shards for slot in shard.slots}
     tensors = map(itemgetter(1), model.state_dict_full())  # unlike a generator it keeps none while the next is made
-    failure = None
-    if model.mesh.rank == 0:
+
+    def write() -> None:
         try:
-            _write(config, layout, tensors, folder)
-        except UserError as error:
-            failure = str(error)
-    deque(tensors, maxlen=0)  # a collective: it is run out on the ranks that write nothing, and after a failure
-    _agree(model.mesh, failure)
+            if model.mesh.rank == 0:
+                _write(config, layout, tensors, folder)
+        finally:
+            deque(tensors, maxlen=0)  # a collective: run out on the ranks that write nothing, and after a failure
 
-
-def _agree(mesh: Mesh, failure: str | None) -> None:
-    """If one rank failed, every rank raises its error."""
-    failures = [found for found in mesh.all_gather_object(failure) if found]
-    if failures:
-        raise UserError(failures[0])
+    together(model.mesh, write)
 
 
 def _write(config: ModelConfig, layout: Layout, tensors: Iterator[Tensor], folder: Path) -> None:

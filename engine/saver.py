@@ -15,13 +15,11 @@ what the ranks must agree on is agreed on inside the three calls above, and all 
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
 import random
 import shutil
-import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -49,9 +47,8 @@ from .manifest import (
 from .mesh import Mesh
 from .optim import AdamW
 from .shard import ShardedModel
+from .tensorfile import write_tensors
 from .together import together
-
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 class Saver:
@@ -212,7 +209,8 @@ class _PartWriter(threading.Thread):
         try:
             with _EndingFile(io.FileIO(self._path, "xb")) as file:
                 file.ending = self._ending
-                digest = _write_safetensors(cast(BinaryIO, file), self._tensors, self._metadata)
+                layout = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
+                digest = write_tensors(cast(BinaryIO, file), layout, self._tensors.values(), self._metadata)
                 self._record = {"bytes": file.tell(), "sha256": digest}
                 flush(cast(BinaryIO, file))
         except BaseException as error:
@@ -264,26 +262,3 @@ def _random_text() -> str:
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {"python": [version, list(internal), gauss], "numpy": [kind, keys.tolist(), *rest]}  # type: ignore[union-attr]
     return json.dumps(state)
-
-
-def _write_safetensors(file: BinaryIO, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """Write tensors one after another, and return the SHA-256: one pass, one tensor on the host at a time."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for chunk in _chunks(struct.pack("<Q", len(text)) + text, tensors):
-        digest.update(chunk)
-        file.write(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(head: bytes, tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
-    yield head
-    for tensor in tensors.values():
-        yield tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

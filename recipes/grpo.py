@@ -13,16 +13,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..engine.batch import Batch, Example, pack
-from ..engine.hf import load_hf
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
-from ..engine.reference import Reference
 from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import Update, level
 from ..rewards.curriculum import score, structure_schedule
 from ..rollout.trajectory import Group
 from .experts import Experts
-from .policy import compute_dtype, load_policy, save_policy
+from .policy import load_policy, load_reference, save_policy
 from .rollouts import Rollouts
 from .run import Run, launch
 from .training import Training, places
@@ -35,7 +33,7 @@ def grpo(run: Run) -> Path:
         return folder / "model"
     first = Path(run.config.model.folder or run.folder / "sft" / "model")
     policy = load_policy(run, first)
-    reference = Reference(load_hf(first), run.mesh, compute_dtype(run)) if settings.beta else None
+    reference = load_reference(run, first) if settings.beta else None
     experts = Experts(run)
     pool = [expert for expert in experts.all if expert.stratum != "failure"]
     structure = structure_schedule(run.config.reward, settings.steps)

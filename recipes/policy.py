@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from ..engine.config import ModelConfig
-from ..engine.hf import load_hf, save_hf
+from ..engine.hf import load_weights, read_config, save_hf
 from ..engine.induction import lay_induction
 from ..engine.model import Model
+from ..engine.reference import Reference
 from ..engine.shard import ShardedModel
 from ..engine.tokenizer import Tokenizer
 from ..rollout.grammar import GRAMMARS
@@ -30,15 +31,21 @@ def create_policy(run: Run, tokenizer: Tokenizer) -> Policy:
     Raises:
         UserError: the vocabulary does not fit the model.
     """
-    tokenizer.check_fits(run.config.model)
-    model = Model(run.config.model)
-    model.init_weights(run.config.run.seed)
-    if run.config.model.initialization == "induction":
+    config = run.config.model
+    tokenizer.check_fits(config)
+    if config.initialization == "induction":  # of a small model: it is made whole
+        model = Model(config)
+        model.init_weights(run.config.run.seed)
         # An answer repeats what was printed, and both follow their tag.
         names = dict.fromkeys(name for g in GRAMMARS.values() for name in (g.answer, g.result) if name)
         ids = [token for name in names if (token := tokenizer.token_id(f"<{name}>")) is not None]
         lay_induction(model, run.config.run.seed, [ids])
-    return _shard(run, model, tokenizer)
+        return Policy(_shard(run, model), config, tokenizer)
+    model = _without_weights(config)
+    weights = model.initial_weights(run.config.run.seed)
+    sharded = _shard(run, model)
+    sharded.fill(weights)
+    return Policy(sharded, config, tokenizer)
 
 
 def load_policy(run: Run, folder: Path) -> Policy:
@@ -47,10 +54,23 @@ def load_policy(run: Run, folder: Path) -> Policy:
     Raises:
         UserError: a file or tensor is missing, has another shape, or the vocabulary does not fit.
     """
-    tokenizer = Tokenizer.from_folder(folder)
-    model = load_hf(folder)
-    tokenizer.check_fits(model.config)
-    return _shard(run, model, tokenizer)
+    tokenizer, config = Tokenizer.from_folder(folder), read_config(folder)
+    tokenizer.check_fits(config)
+    sharded = _shard(run, _without_weights(config))
+    load_weights(sharded, folder)
+    return Policy(sharded, config, tokenizer)
+
+
+def load_reference(run: Run, folder: Path) -> Reference:
+    """Reads a Hugging Face folder as a frozen reference.
+
+    Raises:
+        UserError: a file or tensor is missing or has another shape.
+    """
+    model = _without_weights(read_config(folder))
+    reference = Reference(model, run.mesh, compute_dtype(run), offload=run.config.optimizer.offload != "none")
+    load_weights(reference.sharded, folder)
+    return reference
 
 
 def save_policy(run: Run, policy: Policy, folder: Path) -> None:
@@ -69,11 +89,20 @@ def compute_dtype(run: Run) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _shard(run: Run, model: Model, tokenizer: Tokenizer) -> Policy:
-    sharded = ShardedModel(
-        model.to(run.mesh.device),
+def _without_weights(config: ModelConfig) -> Model:
+    """A model whose shards are filled later, so that no rank ever holds it whole."""
+    with torch.device("meta"):
+        return Model(config)
+
+
+def _shard(run: Run, model: Model) -> ShardedModel:
+    settings, dtype = run.config.optimizer, compute_dtype(run)
+    return ShardedModel(
+        model,
         run.mesh,
-        compute_dtype=compute_dtype(run),
-        reshard_after_forward=run.config.optimizer.reshard_after_forward,
+        compute_dtype=dtype,
+        reduce_dtype=torch.float32 if settings.reduce_dtype == "float32" else dtype,
+        reshard_after_forward=settings.reshard_after_forward,
+        activation_checkpointing=settings.activation_checkpointing == "block",
+        offload=settings.offload == "all",
     )
-    return Policy(sharded, model.config, tokenizer)

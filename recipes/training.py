@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ..engine.batch import Batch
 from ..engine.checkpoint import load_checkpoint
@@ -40,6 +41,7 @@ class Training:
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            moments_dtype=getattr(torch, settings.moments_dtype),
         )
         self.start = 0
         checkpoints = self.folder / "checkpoints"
@@ -83,6 +85,7 @@ class Training:
             mesh=self.run.mesh,
             lr=self.lr(step),
             max_grad_norm=settings.max_grad_norm,
+            reduce_every_microbatch=settings.reduce_every_microbatch,
             max_bad_steps=settings.max_bad_steps,
             bad_batch_folder=self.folder,
         )

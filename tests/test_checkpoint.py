@@ -338,8 +338,8 @@ def sentence(action):
 
 
 def in_background(mesh, folder):
-    gate, write = threading.Event(), module._write_safetensors
-    module._write_safetensors = lambda *args: gate.wait() and write(*args)
+    gate, write = threading.Event(), module.write_tensors
+    module.write_tensors = lambda *args: gate.wait() and write(*args)
     policy, optimizer = fresh(mesh)
     torch.manual_seed(mesh.rank)
     train(mesh, policy, optimizer, range(2))
@@ -361,7 +361,7 @@ def in_background(mesh, folder):
     saver.save(policy, optimizer, {"step": 4})
     while saver.poll() is None:
         pass
-    module._write_safetensors = write
+    module.write_tensors = write
     return idle, during, refused, named, restored, equal_to(everything(policy, optimizer), folder, mesh)
 
 
@@ -485,7 +485,7 @@ def endless(file, *_):
 
 
 def test_a_saver_that_is_dropped_takes_its_thread_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_write_safetensors", endless)
+    monkeypatch.setattr(module, "write_tensors", endless)
     policy, optimizer = fresh(alone())
     saver = Saver(tmp_path, alone())
     saver.save(policy, optimizer, {})
@@ -500,7 +500,7 @@ LEAVING = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import Saver, alone, endless, fresh, module
-module._write_safetensors = endless
+module.write_tensors = endless
 saver = Saver(sys.argv[1], alone())
 saver.save(*fresh(alone()), {})
 assert saver.poll() is None
