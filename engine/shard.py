@@ -350,7 +350,8 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for name, part in module.named_modules():
         for key, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta and device.type != "meta":
-                raise ValueError(f"the buffer {name}.{key} is on the meta device; give it its values first.")
+                whose = f"{name}.{key}" if name else key
+                raise ValueError(f"the buffer {whose} is on the meta device; give it its values first.")
             part._buffers[key] = buffer if buffer is None else buffer.to(device)
 
 

@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from sandboxes import LIMITS
 
 from groupwise.rollout.sandbox import Sandbox
+
+torch.set_num_threads(1)  # tensors are small here, and on a busy machine threads wait for each other
 
 
 @pytest.fixture(scope="module")

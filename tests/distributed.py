@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine, for tests."""
+"""Run a function on several gloo ranks of this machine, and count what they send, for tests."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,38 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
                     process.kill()
                 process.join()
         return [torch.load(f"{folder}/result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+class CountingMesh:
+    """A mesh that counts its asynchronous collectives, and what is in them."""
+
+    def __init__(self, mesh: Any) -> None:
+        self._mesh, self.events = mesh, []
+        self.calls: Counter[str] = Counter()
+        self.elements: Counter[str] = Counter()
+        self.dtypes: set[tuple[str, torch.dtype]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mesh, name)
+
+    def _count(self, kind: str, tensor: torch.Tensor) -> None:
+        self.calls[kind] += 1
+        self.events.append(kind[0].upper())
+        self.elements[kind] += tensor.numel()
+        self.dtypes.add((kind, tensor.dtype))
+
+    def all_gather_into(self, whole: torch.Tensor, part: torch.Tensor, label: str) -> Any:
+        self._count("gather", whole)
+        return self._mesh.all_gather_into(whole, part, label)
+
+    def reduce_scatter(self, whole: torch.Tensor, label: str) -> Any:
+        self._count("scatter", whole)
+        return self._mesh.reduce_scatter(whole, label)
+
+    def sum_replicas(self, part: torch.Tensor, label: str) -> Any:
+        if self.num_replicas > 1:
+            self._count("replicas", part)
+        return self._mesh.sum_replicas(part, label)
 
 
 def _wait(ranks: list[Any], folder: Path, deadline: float) -> None:
