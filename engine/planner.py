@@ -167,6 +167,7 @@ class _Rank:
         settings, self.model, self.config = config.optimizer, config.model, config
         self.layout = _layout(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
         self.num_ranks, self.cuda = num_ranks, device_type == "cuda"
+        self.gloo = not self.cuda and self.layout.num_shards > 1  # gloo copies what it gathers and scatters
         self.T = settings.tokens_per_microbatch
         half = settings.compute_dtype == "bfloat16" or (settings.compute_dtype == "auto" and self.cuda)
         self.c = 2 if half else 4
@@ -192,11 +193,16 @@ class _Rank:
 
     # What the units take ---------------------------------------------------------------------------------------
 
-    def gathered(self, blocks: int, reference: bool = False) -> int:
-        """The root and so many blocks whole, in the compute dtype; nothing where the shards themselves serve."""
+    def gathered(self, blocks: int, under_way: int, reference: bool = False) -> int:
+        """The root and so many blocks whole, in the compute dtype; nothing where the shards themselves serve.
+
+        gloo's copies beside them: of the one block that is under way while another computes, or of any two units.
+        """
         if self.reference_is_master if reference else self.is_master:
             return 0
-        return self.c * (self.layout.whole[0] + sum(self.layout.whole[1 : blocks + 1]))
+        whole = self.layout.whole
+        copies = (0, whole[1], sum(sorted(whole)[-2:]))[under_way] if self.gloo else 0
+        return self.c * (whole[0] + blocks * whole[1] + copies)
 
     @property
     def gradients(self) -> int:
@@ -209,16 +215,15 @@ class _Rank:
         return 0 if in_place else self.c * self.layout.whole[unit]
 
     def reducing(self, unit: int) -> int:
-        """A sum over the ranks under way: the whole gradient in the reduce dtype and this rank's part of it."""
+        """A sum over the ranks under way: the whole gradient in the reduce dtype, this rank's part, and copies."""
         if self.is_alone:
             return 0
         whole, part = self.layout.whole[unit], self.layout.part[unit]
-        total = 0 if self.late and self.r == 4 else self.r * whole
-        if not self.cuda and self.late and self.c != 4:
-            total += 4 * whole  # adding bfloat16 to float32 in place makes a float32 copy on a CPU
-        elif not self.cuda and self.r != 4:
-            total += 4 * part
-        return total + (self.r * part if self.layout.num_shards > 1 else 0)
+        lasting = self.late and self.r == 4  # the whole gradient is the lasting one
+        total = (0 if lasting else self.r * whole) + (self.r * part if self.layout.num_shards > 1 else 0)
+        # Adding bfloat16 to float32 makes a float32 copy on a CPU: of the whole when it is put off, else of the part.
+        added = 0 if self.cuda else 4 * whole if self.late and self.c != 4 else 4 * part if self.r != 4 else 0
+        return total + max(added, self.r * whole if self.gloo else 0)
 
     @property
     def passing(self) -> int:
@@ -309,18 +314,23 @@ class _Rank:
         sequences = min(sequences, settings.concurrency or sequences)
         tokens = min(max(PREFILL_TOKENS, settings.max_trajectory_tokens), sequences * settings.max_trajectory_tokens)
         a_logit = 20 if settings.top_p == 1 else 36  # logits, log-probabilities, chances, a float64 sum; or sorted too
-        held = self.held | {"gather buffers": self.gathered(model.num_hidden_layers)}
+        layers = model.num_hidden_layers
+        whole = self.held | {"gather buffers": self.gathered(layers, 0)}
         prefill = {"activations": self.forward_work(tokens)}
         draw = {"logits chunk": a_logit * sequences * model.vocab_size}
-        return [held | prefill, held | draw]
+        return [self.held | {"gather buffers": self.gathered(layers, 2)}, whole | prefill, whole | draw]
 
     def logprobs(self) -> list[Items]:
         """A forward pass without a graph: of the reference, or of the policy where there is none."""
         reference = bool(self.config.grpo.beta)
         hidden = self.c * self.T * self.model.hidden_size
-        block = {"gather buffers": self.gathered(2, reference), "activations": self.forward_work(self.T)}
-        head = {"gather buffers": self.gathered(0, reference), "activations": hidden, "logits chunk": self.head_forward}
-        return [self.held | block, self.held | head]
+        two = min(2, self.model.num_hidden_layers)
+        moments = [
+            {"gather buffers": self.gathered(two, 2, reference)},
+            {"gather buffers": self.gathered(two, two - 1, reference), "activations": self.forward_work(self.T)},
+            {"gather buffers": self.gathered(0, 0, reference), "activations": hidden, "logits chunk": self.head_forward},
+        ]
+        return [self.held | moment for moment in moments]
 
     def update(self) -> list[Items]:
         """From the start of the backward pass to the update, beside the gradients of earlier micro-batches."""
@@ -332,7 +342,7 @@ class _Rank:
         keeps_blocks = not self.config.optimizer.reshard_after_forward
         moments = [
             {
-                "gather buffers": self.gathered(layers if keeps_blocks else 1),
+                "gather buffers": self.gathered(layers if keeps_blocks else 1, 0 if keeps_blocks else 1),
                 "reduce buffers": self.flat(0),
                 "activations": layers * self.kept + last_norm,
                 "logits chunk": self.head_backward,
@@ -341,18 +351,18 @@ class _Rank:
         for done in range(min(3, layers)):  # blocks whose backward pass is over
             left = layers - done
             whole = {
-                "gather buffers": self.gathered(left if keeps_blocks else min(2, left)),
+                "gather buffers": self.gathered(left, 0) if keeps_blocks else self.gathered(min(2, left), min(2, left) - 1),
                 "activations": left * self.kept + tied,
             }
             under_way = self.flat(0) + self.flat(1) + (self.reducing(1) if done else 0)
             work = self.backward_work + (self.saved if self.recompute else 0)
             moments.append(whole | {"reduce buffers": under_way, "activations": whole["activations"] + work})
-            if done:  # the gradient of the block before is cast when the next one's buffer is there already
+            if done and self.c != self.r:  # the block before is cast when the next one's gradient has its memory
                 cast = self.flat(0) + 2 * self.flat(1) + self.reducing(1)
                 moments.append(whole | {"reduce buffers": cast})
         moments += [
             {
-                "gather buffers": self.gathered(1),
+                "gather buffers": self.gathered(1, 0),
                 "reduce buffers": self.flat(0) + self.flat(1) + self.reducing(1),
                 "activations": embedding + tied + T * c * self.model.hidden_size,
             },
