@@ -2,43 +2,42 @@
 
     plan = plan_memory(config, num_ranks=8, device_type="cuda")
     Console().print(plan.table())
-    check_fits(config, plan, memory=141e9)  # or a UserError that names the smallest change that does
 
 A phase takes what its fullest moment takes, and a moment is a sum of items. What the units weigh is asked of the model,
-sharded on the meta device; what passes through a block follows engine/model.py and the kernels, a formula a line. Batches
-count as full, and as several a step: then each begins beside the gradients of those before.
+sharded on the meta device; what passes through a block follows engine/model.py and the kernels, a formula a line.
+Batches count as full, and as several a step: each begins beside the gradients of those before.
 
-Legend: T tokens of a micro-batch, L layers, H hidden, I intermediate, V vocabulary, Hq query heads, Q and K channels of all
-query and of all key heads; c and r bytes of an element in the compute and in the reduce dtype.
+Legend: T tokens of a micro-batch; c and r bytes of an element in the compute and in the reduce dtype; "queries" and
+"keys" are the channels of all query heads and of all key heads.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from rich import box
 from rich.table import Table
 
 from ..kernels.dispatch import implementation
 from ..kernels.eager import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
 from ..kernels.logprob import CHUNK_COLUMNS, SLICE_COLUMNS
 from .config import Config, ModelConfig
-from .errors import UserError
 from .mesh import Mesh
 from .model import Model
-from .optim import BFLOAT16_DECAY, CHUNK
+from .optim import CHUNK
 from .shard import ShardedModel
 
 Items = dict[str, int]
 
 PHASES = ("load", "rollout", "log-probabilities", "update", "checkpoint")
-ITEMS = ("weights", "moments", "reference", "gradients", "gather buffers", "reduce buffers")
-ITEMS += ("activations", "logits chunk", "update copies", "KV blocks", "snapshot", "tensors in passing")
-# The rest of a GPU is for the CUDA context, NCCL, cuBLAS and what the allocator cannot use again; not yet measured.
-USABLE_SHARE = 0.92
+ITEMS = (
+    *("weights", "moments", "reference", "gradients", "gather buffers", "reduce buffers"),
+    *("activations", "logits chunk", "update copies", "KV blocks", "snapshot", "I/O tensors"),
+)
 PREFILL_TOKENS = 4096  # of one step of rollout.Sampler
 
 
@@ -85,10 +84,12 @@ class Plan:
         """Items by phases."""
         unit, size = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
         ranks = "1 rank" if self.num_ranks == 1 else f"each of {self.num_ranks} ranks"
-        table = Table(title=f"{unit} on {ranks} ({self.device_type})", title_justify="left")
-        table.add_column("")
+        table = Table(
+            title=f"{unit} on {ranks} ({self.device_type})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        table.add_column("", no_wrap=True)
         for phase in self.phases:
-            table.add_column(phase.name, justify="right")
+            table.add_column(phase.name, justify="right", no_wrap=True)
 
         def row(name: str, values: list[int]) -> None:
             if any(values):
@@ -124,21 +125,21 @@ def plan_memory(config: Config, num_ranks: int, device_type: str, phases: Sequen
         "rollout": rank.rollout(),
         "log-probabilities": rank.logprobs(),
         "update": rank.update(),
-        "checkpoint": [rank.held | {"tensors in passing": rank.passing}],  # the export makes one whole after another
+        "checkpoint": [rank.held | {"I/O tensors": rank.passing}],  # the export makes one whole after another
     }
     found = []
     for name in PHASES:
         if name in phases:
             fullest = max(moments[name], key=lambda items: sum(items.values()))
-            host = rank.host if name != "load" else {k: v for k, v in rank.host.items() if k in ("weights", "reference")}
-            if name in ("load", "checkpoint"):
-                host = host | ({"tensors in passing": rank.passing} if device_type != "cpu" else {})
+            host = {k: v for k, v in rank.host.items() if name != "load" or k in ("weights", "reference")}
+            if name in ("load", "checkpoint") and rank.cuda:
+                host["I/O tensors"] = rank.passing
             found.append(Phase(name, {k: v for k, v in fullest.items() if v}, host))
     return Plan(tuple(found), num_ranks, device_type)
 
 
 class _Layout(NamedTuple):
-    """Elements of the units, the root first: whole, and of one shard; of the two largest parameters, and of a block's."""
+    """Elements of the units, the root first, whole and of one shard; of the two largest parameters, and of a block's."""
 
     whole: tuple[int, ...]
     part: tuple[int, ...]
@@ -157,7 +158,8 @@ def _layout(model: ModelConfig, num_ranks: int, shard_size: int) -> _Layout:
     slots = [[slot.numel for slot in shard.slots] for shard in shards]
     two_largest = sum(sorted(itertools.chain(*slots))[-2:])
     norms_heads = any("q_norm" in slot.name for slot in shards[1].slots)
-    return _Layout(tuple(n * mesh.shard_size for n in part), part, two_largest, max(slots[1]), mesh.shard_size, norms_heads)
+    whole = tuple(numel * mesh.shard_size for numel in part)
+    return _Layout(whole, part, two_largest, max(slots[1]), mesh.shard_size, norms_heads)
 
 
 class _Rank:
@@ -202,7 +204,9 @@ class _Rank:
             return 0
         whole = self.layout.whole
         copies = (0, whole[1], sum(sorted(whole)[-2:]))[under_way] if self.gloo else 0
-        return self.c * (whole[0] + blocks * whole[1] + copies)
+        offloaded = self.config.optimizer.offload in (("reference", "all") if reference else ("all",))
+        staged = 4 * self.layout.part[1] if self.cuda and offloaded else 0  # a shard comes over before it is cast
+        return self.c * (whole[0] + blocks * whole[1] + copies) + staged
 
     @property
     def gradients(self) -> int:
@@ -210,7 +214,7 @@ class _Rank:
         return 4 * sum(self.layout.whole if self.late and not self.is_alone else self.layout.part)
 
     def flat(self, unit: int) -> int:
-        """A unit's gradient of this backward pass, whole; in float32 the lasting one is written to where it is whole."""
+        """A unit's gradient of this backward pass, whole; where the lasting one is whole and float32 it serves."""
         in_place = self.is_alone or (self.late and self.c == 4)
         return 0 if in_place else self.c * self.layout.whole[unit]
 
@@ -305,7 +309,7 @@ class _Rank:
         held = {name: size for name, size in self.held.items() if name in ("weights", "reference")}
         buffered = not (self.is_master and (self.reference_is_master or "reference" not in held))
         made = {"gather buffers": self.c * max(self.layout.whole) if buffered else 0}
-        return [held | made, held | ({} if self.cuda else {"tensors in passing": self.passing})]
+        return [held | made, held | ({} if self.cuda else {"I/O tensors": self.passing})]
 
     def rollout(self) -> list[Items]:
         """The whole model in the compute dtype, and a prefill of many tokens or the draw of one token each."""
@@ -325,10 +329,11 @@ class _Rank:
         reference = bool(self.config.grpo.beta)
         hidden = self.c * self.T * self.model.hidden_size
         two = min(2, self.model.num_hidden_layers)
+        root = self.gathered(0, 0, reference)
         moments = [
             {"gather buffers": self.gathered(two, 2, reference)},
             {"gather buffers": self.gathered(two, two - 1, reference), "activations": self.forward_work(self.T)},
-            {"gather buffers": self.gathered(0, 0, reference), "activations": hidden, "logits chunk": self.head_forward},
+            {"gather buffers": root, "activations": hidden, "logits chunk": self.head_forward},
         ]
         return [self.held | moment for moment in moments]
 
@@ -350,8 +355,9 @@ class _Rank:
         ]
         for done in range(min(3, layers)):  # blocks whose backward pass is over
             left = layers - done
+            two = min(2, left)
             whole = {
-                "gather buffers": self.gathered(left, 0) if keeps_blocks else self.gathered(min(2, left), min(2, left) - 1),
+                "gather buffers": self.gathered(left, 0) if keeps_blocks else self.gathered(two, two - 1),
                 "activations": left * self.kept + tied,
             }
             under_way = self.flat(0) + self.flat(1) + (self.reducing(1) if done else 0)
@@ -376,87 +382,3 @@ class _Rank:
         """bfloat16 moments in float32, of one chunk and of the one before."""
         rounded = self.config.optimizer.moments_dtype == "bfloat16"
         return 4 * 4 * min(CHUNK, max(self.layout.part)) if rounded else 0
-
-
-def fits(plan: Plan, memory: float) -> bool:
-    """Whether every phase fits a rank's memory, in bytes: of a GPU a share, of a CPU all that is available."""
-    return plan.peak <= memory * (USABLE_SHARE if plan.device_type == "cuda" else 1.0)
-
-
-def check_fits(config: Config, plan: Plan, memory: float) -> None:
-    """Refuse a plan for which a rank's ``memory`` in bytes is too small.
-
-    Raises:
-        UserError: it does not fit; the sentence names the smallest change that does, if there is one.
-    """
-    if fits(plan, memory):
-        return
-    phases = tuple(phase.name for phase in plan.phases)
-    proposal = propose(config, plan.num_ranks, plan.device_type, memory, phases)
-    usable = f", of which {USABLE_SHARE:.0%} serve tensors" if plan.device_type == "cuda" else ""
-    advice = "no setting makes it fit; take a smaller model or more memory"
-    if proposal is not None:
-        ranks = f" on {proposal.num_ranks} ranks" if proposal.num_ranks != plan.num_ranks else ""
-        advice = f"it fits{ranks}{' with ' if proposal.overrides else ''}{' '.join(proposal.overrides)}"
-        advice += f" ({proposal.plan.peak / 1e9:.1f} GB)"
-    raise UserError(
-        f"phase {plan.fullest.name} needs {plan.peak / 1e9:.1f} GB on each of {plan.num_ranks} ranks and one has "
-        f"{memory / 1e9:.1f} GB{usable}; {advice}"
-    )
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A change that fits: overrides of settings, the number of ranks, and the plan that says so."""
-
-    overrides: tuple[str, ...]
-    num_ranks: int
-    plan: Plan
-
-
-def propose(
-    config: Config, num_ranks: int, device_type: str, memory: float, phases: Sequence[str] = PHASES
-) -> Proposal | None:
-    """The smallest change after which the plan fits: as few settings as can be, the cheapest first, then more ranks.
-
-    Every change is planned before it is proposed. None where even 64 times the ranks and all settings do not do.
-    """
-    options = list(_options(config, device_type))
-    for factor in (1, 2, 4, 8, 16, 32, 64):
-        for count in range(len(options) + 1):
-            for chosen in itertools.combinations(options, count):
-                for values in itertools.product(*(values for _, _, values in chosen)):
-                    changed = config
-                    for (section, key, _), value in zip(chosen, values, strict=True):
-                        part = dataclasses.replace(getattr(changed, section), **{key: value})
-                        changed = dataclasses.replace(changed, **{section: part})
-                    plan = plan_memory(changed, num_ranks * factor, device_type, phases)
-                    if fits(plan, memory):
-                        names = (f"{s}.{k}={_spell(v)}" for (s, k, _), v in zip(chosen, values, strict=True))
-                        return Proposal(tuple(names), num_ranks * factor, plan)
-    return None
-
-
-def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[Any]]]:
-    """Settings that save memory and their better values, what costs least first."""
-    settings, rollout = config.optimizer, config.rollout
-    tokens, kv = settings.tokens_per_microbatch, rollout.kv_memory_gib
-    shorter = [tokens >> i for i in range(1, 5) if tokens >> i >= rollout.max_trajectory_tokens]
-    table: list[tuple[str, str, list[Any]]] = [
-        ("optimizer", "reshard_after_forward", [] if settings.reshard_after_forward else [True]),
-        ("optimizer", "reduce_every_microbatch", [] if settings.reduce_every_microbatch else [True]),
-        ("run", "shard_size", [0] if config.run.shard_size else []),
-        ("optimizer", "tokens_per_microbatch", shorter),  # an example is never split
-        ("optimizer", "activation_checkpointing", ["block"] if settings.activation_checkpointing == "none" else []),
-        ("rollout", "kv_memory_gib", [kv / 2, kv / 4, kv / 8]),
-    ]
-    if device_type == "cuda":
-        places = ["none", "reference", "all"]
-        table.append(("optimizer", "offload", places[places.index(settings.offload) + 1 :]))
-    if settings.moments_dtype == "float32" and max(settings.beta1, settings.beta2) <= BFLOAT16_DECAY:
-        table.append(("optimizer", "moments_dtype", ["bfloat16"]))
-    return (option for option in table if option[2])
-
-
-def _spell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +30,7 @@ from ..engine.errors import UserError
 from ..engine.mesh import Mesh
 from ..engine.metrics import tree_rss_gib
 from ..kernels import dispatch
+from .plan import PlannedMemory
 
 USER_ERROR, INTERRUPTED = 2, 130
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -42,13 +43,15 @@ class Run:
         config: the whole configuration.
         mesh: the ranks.
         claim: the folder becomes this configuration's; False for a recipe that only looks at a run.
+        phases: of ``engine.planner.PHASES``, those whose memory is planned.
 
     Raises:
-        UserError: the run's folder belongs to a run of another configuration.
+        UserError: the run's folder belongs to a run of another configuration; a phase does not fit the memory.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, claim: bool = True) -> None:
+    def __init__(self, config: Config, mesh: Mesh, claim: bool = True, phases: Sequence[str] = ()) -> None:
         self.config, self.mesh = config, mesh
+        self.planned = PlannedMemory(config, mesh, phases)
         self.folder = Path(config.run.folder) / config.run.name
         self._stop_requested = False
         self._in_steps = False
@@ -148,7 +151,7 @@ def write_atomically(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
+def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[str] = ()) -> None:
     """Entry point of every recipe: reads the command line, opens the ranks, runs, and turns an end into a status."""
     argv = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in argv):
@@ -160,7 +163,7 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
         path = argv[0] if argv and "=" not in argv[0] else None
         config = load_config(path, argv[1:] if path else argv)
         mesh = Mesh.create(config.run.timeout_s, config.run.shard_size)
-        run = Run(config, mesh, claim)
+        run = Run(config, mesh, claim, phases)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
         run.say(f"{mesh.describe()} | {dispatch.describe()}")

@@ -4,13 +4,10 @@ import gc
 import random
 from functools import partial
 
-import pytest
 import torch
-from distributed import run_ranks
 
 from groupwise.engine.batch import Example, pack
 from groupwise.engine.config import load_config
-from groupwise.engine.mesh import Mesh
 from groupwise.engine.model import Model
 from groupwise.engine.objective import policy_loss
 from groupwise.engine.optim import AdamW
@@ -103,7 +100,8 @@ def measure(mesh, overrides):
 
     def rollout():
         rng = random.Random(1)
-        prompts = [[rng.randrange(config.model.vocab_size) for _ in range(cache.max_trajectory_tokens - 3)] for _ in range(8)]
+        length = cache.max_trajectory_tokens - 3
+        prompts = [[rng.randrange(config.model.vocab_size) for _ in range(length)] for _ in range(cache.concurrency)]
         with policy.gathered():
             sampler.generate(prompts, SamplingParams(max_tokens=3))
 
