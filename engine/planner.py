@@ -138,8 +138,14 @@ def plan_memory(config: Config, num_ranks: int, device_type: str, phases: Sequen
     return Plan(tuple(found), num_ranks, device_type)
 
 
+def compute_bytes(config: Config, device_type: str) -> int:
+    """Bytes of an element in the dtype that ``optimizer.compute_dtype`` means on a device."""
+    name = config.optimizer.compute_dtype
+    return 2 if name == "bfloat16" or (name == "auto" and device_type == "cuda") else 4
+
+
 class _Layout(NamedTuple):
-    """Elements of the units, the root first, whole and of one shard; of the two largest parameters, and of a block's."""
+    """Elements of the units, the root first, whole and of one shard; of the two largest parameters and of a block's."""
 
     whole: tuple[int, ...]
     part: tuple[int, ...]
@@ -171,8 +177,7 @@ class _Rank:
         self.num_ranks, self.cuda = num_ranks, device_type == "cuda"
         self.gloo = not self.cuda and self.layout.num_shards > 1  # gloo copies what it gathers and scatters
         self.T = settings.tokens_per_microbatch
-        half = settings.compute_dtype == "bfloat16" or (settings.compute_dtype == "auto" and self.cuda)
-        self.c = 2 if half else 4
+        self.c = compute_bytes(config, device_type)
         self.r = self.c if settings.reduce_dtype == "compute" else 4
         self.recompute = settings.activation_checkpointing == "block"
         self.late = not settings.reduce_every_microbatch

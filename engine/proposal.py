@@ -12,7 +12,7 @@ from typing import Any
 from .config import Config
 from .errors import UserError
 from .optim import BFLOAT16_DECAY
-from .planner import PHASES, Plan, plan_memory
+from .planner import PHASES, Plan, compute_bytes, plan_memory
 
 # The rest of a GPU is for the CUDA context, NCCL, cuBLAS and what the allocator cannot use again; not yet measured.
 USABLE_SHARE = 0.92
@@ -83,11 +83,10 @@ def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[
     settings, rollout = config.optimizer, config.rollout
     tokens, kv = settings.tokens_per_microbatch, rollout.kv_memory_gib
     model = config.model
-    size = (
-        2 if settings.compute_dtype == "bfloat16" or (settings.compute_dtype == "auto" and device_type == "cuda") else 4
-    )
     channels = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_size  # keys and values of a token
-    trajectory = (rollout.max_trajectory_tokens + rollout.block_size) * channels * size / 2**30
+    trajectory = (
+        (rollout.max_trajectory_tokens + rollout.block_size) * channels * compute_bytes(config, device_type) / 2**30
+    )
     shorter = [tokens >> i for i in range(1, 5) if tokens >> i >= rollout.max_trajectory_tokens]
     table: list[tuple[str, str, list[Any]]] = [
         ("optimizer", "reshard_after_forward", [] if settings.reshard_after_forward else [True]),

@@ -55,10 +55,8 @@ class PlannedMemory:
             measured = torch.cuda.max_memory_allocated(self._device)
             return f"{planned}, measured {_spell(measured)}; planned / measured {self.plan.peak / measured:.2f}"
         grown = int((peak_memory_gib(self._device) - self._before) * 2**30)
-        return (
-            f"{planned} of tensors; resident memory grew by {_spell(grown)} at most, libraries, Python objects, data and "
-            "freed memory that malloc keeps included"
-        )
+        beside = "with libraries, Python objects, data, and freed memory that malloc keeps"
+        return f"{planned} of tensors; resident memory grew by at most {_spell(grown)}, {beside}"
 
 
 def with_shape(config: Config) -> Config:
