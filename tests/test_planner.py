@@ -7,10 +7,14 @@ import subprocess
 import sys
 from functools import partial
 
+import pytest
 import torch
+from distributed import run_ranks
 
 from groupwise.engine.batch import Example, pack
 from groupwise.engine.config import load_config
+from groupwise.engine.errors import UserError
+from groupwise.engine.mesh import Mesh
 from groupwise.engine.model import Model
 from groupwise.engine.objective import policy_loss
 from groupwise.engine.optim import AdamW
