@@ -289,13 +289,15 @@ class _Rank:
         if self.cuda:
             return 16 * T * -(-model.vocab_size // SLICE_COLUMNS)
         up = 0 if self.c == 4 else 4 * model.vocab_size * model.hidden_size  # the head in float32
-        return up + 3 * self.chunk
+        first, second = self.chunks
+        return up + max(2 * first, first + 2 * second)  # logits and their log-softmax; the one before is still there
 
     @property
-    def chunk(self) -> int:
-        """Logits of kernels/eager.py that exist at one time, float32."""
-        vocabulary = self.model.vocab_size
-        return 4 * vocabulary * min(self.T, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
+    def chunks(self) -> tuple[int, int]:
+        """Logits in float32 of the first and of the second slice of rows, as kernels/eager.py cuts them."""
+        row = 4 * self.model.vocab_size
+        rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // self.model.vocab_size)
+        return row * min(self.T, rows), row * max(0, min(self.T - rows, rows))
 
     @property
     def head_backward(self) -> int:
@@ -305,7 +307,9 @@ class _Rank:
         if self.cuda:  # input rows chosen and their gradient in float32, twice while it is added to
             return c * head + T * model.hidden_size * (4 + 4 + c) + c * T * min(CHUNK_COLUMNS, model.vocab_size)
         casts = 0 if c == 4 else (4 + c) * head  # the head in float32, and its gradient cast back
-        return 4 * head + casts + c * T * model.hidden_size + 5 * self.chunk
+        first, second = self.chunks
+        logits = max(4 * first, 3 * first + 2 * second)  # with their slope and gradient; likewise
+        return 4 * head + casts + c * T * model.hidden_size + logits
 
     # Moments of the phases -------------------------------------------------------------------------------------
 

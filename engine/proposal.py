@@ -39,7 +39,9 @@ def check_fits(config: Config, plan: Plan, memory: float) -> None:
     if proposal is not None:
         ranks = f" on {proposal.num_ranks} ranks" if proposal.num_ranks != plan.num_ranks else ""
         advice = f"it fits{ranks}{' with ' if proposal.overrides else ''}{' '.join(proposal.overrides)}"
-        advice += f" ({proposal.plan.peak / 1e9:.1f} GB)"
+        host = max(phase.host_bytes for phase in proposal.plan.phases)
+        beside = f", and {host / 1e9:.1f} GB of the host's memory" if host and plan.device_type == "cuda" else ""
+        advice += f" ({proposal.plan.peak / 1e9:.1f} GB{beside})"
     raise UserError(
         f"phase {plan.fullest.name} needs {plan.peak / 1e9:.1f} GB on each of {plan.num_ranks} ranks and one has "
         f"{memory / 1e9:.1f} GB{usable}; {advice}"
