@@ -117,6 +117,7 @@ def measure(mesh, overrides):
         optimise(policy, optimizer, batches, partial(policy_loss, beta=0.01), mesh=mesh, lr=1e-3, max_grad_norm=1.0,
                  reduce_every_microbatch=settings.reduce_every_microbatch)  # fmt: skip
 
+    found["lasting"] = base
     found["rollout"] = base + peak_bytes(rollout)[0]
     most, _, batches[0].ref_logprob = peak_bytes(lambda: reference.logprobs(batches[0]))
     found["log-probabilities"] = base + most
@@ -146,6 +147,9 @@ def compare(overrides, num_ranks, measured):
         ratio = predicted / measured[phase]
         print(f"{num_ranks} ranks, {phase}: planned {predicted / 1e6:.1f} MB, ratio {ratio:.3f}")
         assert 0.9 < ratio < 1.1, f"{phase}: planned {predicted}, counted {measured[phase]}"
+        if phase == "update":  # also without weights, moments, reference and cache, which could hide what is wrong
+            passing = (predicted - measured["lasting"]) / (measured[phase] - measured["lasting"])
+            assert 0.87 < passing < 1.13, f"gradients, buffers and activations: ratio {passing:.3f}"
 
 
 COMMON = [
