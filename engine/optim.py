@@ -98,11 +98,15 @@ class AdamW:
             self._fused(rows, lr, weight_decay)
             return
         pieces = (piece for row in rows for piece in zip(*(tensor.split(CHUNK) for tensor in row), strict=True))
-        for data, grad, first, second in _beside_data(pieces):
-            moments = first.float(), second.float()
-            self._fused([(data, grad, *moments)], lr, weight_decay)
-            first.copy_(moments[0])
-            second.copy_(moments[1])
+        for piece in _beside_data(pieces):
+            self._in_float32(piece, lr, weight_decay)
+
+    def _in_float32(self, piece: Row, lr: float, weight_decay: float) -> None:
+        data, grad, first, second = piece
+        moments = first.float(), second.float()
+        self._fused([(data, grad, *moments)], lr, weight_decay)
+        first.copy_(moments[0])
+        second.copy_(moments[1])
 
     def _fused(self, rows: Sequence[Row], lr: float, weight_decay: float) -> None:
         data, grads, first, second = (list(column) for column in zip(*rows, strict=True))

@@ -120,8 +120,9 @@ def _recipe(run: Run) -> None:
     policy = load_policy(run, folder)
     with Rollouts(run, policy) as rollouts:
         result = evaluate(run, policy, rollouts, folder.parent.name if folder.name == "model" else folder.name)
+    run.say(run.planned.report())
     run.say(json.dumps({key: value for key, value in result.items() if key != "examples"}))
 
 
 if __name__ == "__main__":
-    launch(_recipe, claim=False)
+    launch(_recipe, claim=False, phases=("load", "rollout"))

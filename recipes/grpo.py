@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from ..engine.batch import Batch, Example, pack
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
+from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import Update, level
 from ..rewards.curriculum import score, structure_schedule
@@ -155,7 +156,8 @@ def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> 
 
 def _recipe(run: Run) -> None:
     run.say(f"model: {grpo(run)}")
+    run.say(run.planned.report())
 
 
 if __name__ == "__main__":
-    launch(_recipe)
+    launch(_recipe, phases=PHASES)

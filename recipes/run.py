@@ -16,10 +16,9 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -30,10 +29,10 @@ from ..engine.config import Config, describe_settings, load_config
 from ..engine.errors import UserError
 from ..engine.lock import Lock
 from ..engine.mesh import Mesh
-from ..engine.metrics import tree_rss_gib
 from ..engine.together import together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
+from .memory import MemoryWatch, PlannedMemory
 
 USER_ERROR, INTERRUPTED = 2, 130
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -46,13 +45,16 @@ class Run:
         config: the whole configuration.
         mesh: the ranks.
         claim: the folder becomes this configuration's; False for a recipe that only looks at a run.
+        phases: of ``engine.planner.PHASES``, those whose memory is planned.
 
     Raises:
-        UserError: the run's folder belongs to a run of another configuration, or a run is at work there.
+        UserError: the run's folder belongs to a run of another configuration, or a run is at work there; a
+            phase does not fit the memory.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, claim: bool = True) -> None:
+    def __init__(self, config: Config, mesh: Mesh, claim: bool = True, phases: Sequence[str] = ()) -> None:
         self.config, self.mesh = config, mesh
+        self.planned = PlannedMemory(config, mesh, phases)
         self.folder = Path(config.run.folder) / config.run.name
         self._stop_requested = False
         self._in_steps = False
@@ -122,25 +124,6 @@ class Run:
             write_atomically(file, json.dumps(mine, indent=1))
 
 
-class MemoryWatch:
-    """Largest resident memory of this process and all its children, by looking twice a second."""
-
-    def __init__(self) -> None:
-        self._peak, self._ended = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.5):
-            self._peak = max(self._peak, tree_rss_gib())
-
-    def stop(self) -> float:
-        """Ends the watch and returns the peak in GiB; shared pages count once for each process."""
-        self._ended.set()
-        self._thread.join()
-        return max(self._peak, tree_rss_gib())
-
-
 def write_atomically(file: Path, text: str) -> None:
     """Writes the whole text or nothing: a temporary file beside ``file``, then a rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +138,7 @@ def write_atomically(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
+def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[str] = ()) -> None:
     """Entry point of every recipe: reads the command line, opens the ranks, runs, and turns an end into a status."""
     argv = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in argv):
@@ -167,7 +150,7 @@ def launch(recipe: Callable[[Run], None], claim: bool = True) -> None:
         path = argv[0] if argv and "=" not in argv[0] else None
         config = load_config(path, argv[1:] if path else argv)
         mesh = Mesh.create(config.run.timeout_s, config.run.shard_size)
-        run = Run(config, mesh, claim)
+        run = Run(config, mesh, claim, phases)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
         run.say(f"{mesh.describe()} | {dispatch.describe()}")

@@ -58,7 +58,8 @@ def first_policy(run: Run, experts: Sequence[Expert]) -> Policy:
 
 def _recipe(run: Run) -> None:
     run.say(f"model: {sft(run)}")
+    run.say(run.planned.report())
 
 
 if __name__ == "__main__":
-    launch(_recipe)
+    launch(_recipe, phases=("load", "update", "checkpoint"))

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..engine.planner import PHASES
 from ..engine.plots import plot_run
 from ..rollout.view import trajectory_panel
 from .evaluate import evaluate
@@ -40,6 +41,7 @@ def train(run: Run) -> None:
         if run.is_main:
             write_atomically(summary_file, json.dumps(_summary(run, results, peak), indent=1))
             plot_run(run.folder, run.folder / "run.png")
+        run.say(run.planned.report())
     if run.is_main:
         _show(run)
 
@@ -90,4 +92,4 @@ def _show(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(train)
+    launch(train, phases=PHASES)
