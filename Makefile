@@ -34,6 +34,7 @@ types: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m groupwise.bench.logprob
 	$(BIN)/python -m groupwise.bench.clamped_delta
+	$(BIN)/python -m groupwise.bench.shard
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }

@@ -122,6 +122,7 @@ def measure(rank: int, shape: tuple[int, ...], args: Namespace, folder: str) -> 
         times = common.in_turns(steps, inputs, args.repeats)
         row = {
             "ranks x layers x hidden x tokens": "x".join(map(str, shape)),
+            "threads": torch.get_num_threads(),
             **{f"{name}_ms": time for name, time in times.items()},
             **{f"{name}_peak_mib": peak for name, peak in memory.items()},
             "time_ratio": times["ours"] / times["theirs"],

@@ -117,7 +117,7 @@ class AdamW:
             second,
             [],
             # adamw counts each of these up by itself before it uses them
-            [torch.tensor(self.steps - 1.0, device=data[0].device) for _ in data],
+            list(torch.full((len(data),), self.steps - 1.0, device=data[0].device).unbind()),
             fused=True,
             amsgrad=False,
             beta1=self.betas[0],
