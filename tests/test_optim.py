@@ -7,6 +7,7 @@ import torch
 from distributed import run_ranks
 from toys import Toy, alone, toy_batch, toy_loss
 
+from groupwise.engine import optim
 from groupwise.engine.errors import UserError
 from groupwise.engine.optim import AdamW, clip_grad_norm
 from groupwise.engine.shard import ShardedModel
@@ -102,3 +103,33 @@ def test_misuse_is_said():
     for wrong in ({"lr": -1.0}, {"lr": math.nan}, {"lr": 0.1, "betas": (0.9, 1.0)}):
         with pytest.raises(UserError):
             AdamW(policy.shards, **wrong)
+
+
+@pytest.mark.parametrize("chunk", [2**24, 7])
+def test_bfloat16_moments_are_rounded_after_each_step_and_used_in_float32(chunk, monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", chunk)
+    policy = ShardedModel(Toy(), alone())
+    optimizer = AdamW(policy.shards, lr=0.01, betas=(0.9, 0.95), moments_dtype=torch.bfloat16)
+    expected = [shard.data.double() for shard in policy.shards]
+    first, second = ([torch.zeros_like(data) for data in expected] for _ in range(2))
+    for step in range(1, 4):
+        policy.zero_grad()
+        toy_loss(policy, toy_batch(step)).backward()
+        for index, shard in enumerate(policy.shards):
+            grad = shard.grad.double()
+            m, v = 0.9 * first[index] + 0.1 * grad, 0.95 * second[index] + 0.05 * grad**2
+            expected[index] -= 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+            first[index], second[index] = (moment.bfloat16().double() for moment in (m, v))
+        optimizer.step()
+    for index, shard in enumerate(policy.shards):
+        assert optimizer.exp_avg[index].dtype == optimizer.exp_avg_sq[index].dtype == torch.bfloat16
+        torch.testing.assert_close(shard.data.double(), expected[index], rtol=1e-3, atol=1e-4)
+
+
+def test_moments_that_would_stand_still_are_refused():
+    policy = ShardedModel(Toy(), alone())
+    with pytest.raises(UserError, match="bfloat16 moments stand still"):
+        AdamW(policy.shards, lr=0.1, betas=(0.9, 0.999), moments_dtype=torch.bfloat16)
+    for beta, falls in ((0.996, True), (0.998, False)):
+        value = torch.arange(128, 256).bfloat16()  # every mantissa
+        assert (value * beta < value).all() == falls
