@@ -22,9 +22,20 @@ from .errors import UserError
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def setting(default: Any, description: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field with its description and, for numbers, its inclusive bounds."""
-    return field(default=default, metadata={"help": description, "minimum": minimum, "maximum": maximum})
+def setting(
+    default: Any,
+    description: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    changeable: bool = False,
+) -> Any:
+    """A dataclass field with its description and, for numbers, its inclusive bounds.
+
+    ``changeable``: it says how a run computes and not what, so a run that is resumed may have another value.
+    """
+    metadata = {"help": description, "minimum": minimum, "maximum": maximum, "changeable": changeable}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,13 @@ class RunConfig:
     folder: str = setting("runs", "folder of all runs")
     seed: int = setting(0, "seed of data, initialisation and sampling", minimum=0)
     shard_size: int = setting(
-        0, "ranks that hold one copy of the model, a divisor of all; 0: all ranks, one copy", minimum=0
+        0, "ranks that hold one copy of the model, a divisor of all; 0: all ranks, one copy", minimum=0, changeable=True
     )
-    timeout_s: int = setting(600, "seconds after which a collective that does not complete ends the run", minimum=1)
-    checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1)
-    keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1)
+    timeout_s: int = setting(
+        600, "seconds after which a collective that does not complete ends the run", minimum=1, changeable=True
+    )
+    checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
+    keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1, changeable=True)
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,9 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
-    tokens_per_microbatch: int = setting(8192, "packed tokens in one forward and backward of a rank", minimum=1)
+    tokens_per_microbatch: int = setting(
+        8192, "packed tokens in one forward and backward of a rank", minimum=1, changeable=True
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of gathered weights; auto: bfloat16 on CUDA, float32 on a CPU"
     )
@@ -168,14 +183,16 @@ class OptimizerConfig:
         "float32", "type in which gradients are summed over ranks; compute: that of the gathered weights"
     )
     reduce_every_microbatch: bool = setting(
-        True, "sum gradients over ranks after each micro-batch; false: after the last, whole gradients stay till then"
+        True,
+        "sum gradients over ranks after each micro-batch; false: after the last, whole gradients stay till then",
+        changeable=True,
     )
-    reshard_after_forward: bool = setting(True, "free a block's weights after its forward pass")
+    reshard_after_forward: bool = setting(True, "free a block's weights after its forward pass", changeable=True)
     activation_checkpointing: Literal["none", "block"] = setting(
-        "none", "block: keep each block's input only, and compute the block again in the backward pass"
+        "none", "block: keep each block's input only, and compute the block again in the backward pass", changeable=True
     )
     offload: Literal["none", "reference", "all"] = setting(
-        "none", "what lives in the host's memory; all: master weights, moments and reference"
+        "none", "what lives in the host's memory; all: master weights, moments and reference", changeable=True
     )
 
 
@@ -211,9 +228,9 @@ class RolloutConfig:
 
     temperature: float = setting(1.0, "softmax temperature of training rollouts", minimum=0)
     top_p: float = setting(1.0, "nucleus of training rollouts", minimum=0, maximum=1)
-    kv_memory_gib: float = setting(0.25, "memory of the KV cache on a rank", minimum=0)
+    kv_memory_gib: float = setting(0.25, "memory of the KV cache on a rank", minimum=0, changeable=True)
     block_size: int = setting(16, "tokens in a KV block", minimum=1)
-    concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0)
+    concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0, changeable=True)
     max_turns: int = setting(10, "model turns of a trajectory", minimum=1)
     max_tokens_per_turn: int = setting(2048, "tokens the model may write in a turn", minimum=1)
     max_trajectory_tokens: int = setting(8192, "tokens of a trajectory, prompt included", minimum=1)
@@ -231,7 +248,7 @@ class SandboxConfig:
     processes: int = setting(16, "processes of one execution", minimum=1)
     file_mib: int = setting(64, "size of a written file", minimum=1)
     output_bytes: int = setting(65536, "captured output", minimum=1)
-    workers: int = setting(2, "executions at once on a rank", minimum=1)
+    workers: int = setting(2, "executions at once on a rank", minimum=1, changeable=True)
     isolation: Literal["auto", "none"] = setting(
         "auto", "auto: what the kernel enforces, refuse where it enforces nothing; none: run all the same"
     )
@@ -310,6 +327,11 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
+
+
+def is_changeable(section: str, key: str) -> bool:
+    """Whether a run that is resumed may have another value of a setting: it says how to compute, and not what."""
+    return any(f.name == key and f.metadata["changeable"] for f in _settings(SECTIONS[section]))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 import torch
 
-from ..engine.config import Config, describe_settings, load_config
+from ..engine.config import Config, describe_settings, is_changeable, load_config
 from ..engine.errors import UserError
 from ..engine.lock import Lock
 from ..engine.mesh import Mesh
@@ -113,7 +113,7 @@ class Run:
                 f"{section}.{key} {theirs.get(section, {}).get(key)!r} -> {value!r}"
                 for section, values in mine.items()
                 for key, value in values.items()
-                if theirs.get(section, {}).get(key) != value
+                if theirs.get(section, {}).get(key) != value and not is_changeable(section, key)
             ]
             if changed:
                 raise UserError(

@@ -126,13 +126,32 @@ def test_sft_can_be_kept_to_the_first_wordings(finished: tuple[Path, str]) -> No
 def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     tables = json.loads((folder / "config.json").read_text())["data"]["tables"]
-    again = run("train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5", cwd=folder.parent.parent)
+    same = ["train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5"]
+    again = run(*same, "run.timeout_s=500", "optimizer.offload=reference", cwd=folder.parent.parent)
     assert again.stdout.splitlines()[-1] == printed.splitlines()[-1]
     other = run(
         "train", f"tables={tables}", "grpo.beta=0.02", "grpo.mu_peak=0.5", cwd=folder.parent.parent, check=False
     )
     assert other.returncode == 2
     assert "grpo.beta 0.01 -> 0.02" in other.stderr
+
+
+def test_how_a_run_computes_does_not_change_its_losses(finished: tuple[Path, str], tmp_path: Path) -> None:
+    options = [
+        "run.shard_size=1",
+        "optimizer.activation_checkpointing=block",
+        "optimizer.reduce_every_microbatch=false",
+        "optimizer.offload=all",
+        "optimizer.tokens_per_microbatch=600",
+    ]
+    losses = []
+    for name, arguments in (("plain", []), ("other", options)):
+        shutil.copytree(finished[0] / "data", tmp_path / name / "runs" / "train" / "data")
+        run("sft", *arguments, cwd=tmp_path / name, ranks=2)
+        records = (tmp_path / name / "runs" / "train" / "sft.jsonl").read_text().splitlines()
+        losses.append([json.loads(record)["loss"] for record in records])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_ctrl_c_saves_the_last_step_and_the_command_it_prints_goes_on(
