@@ -3,7 +3,7 @@
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config, load_config
 from .errors import UserError
-from .hf import load_hf, save_hf
+from .hf import load_hf, load_weights, read_config, save_hf
 from .mesh import Mesh
 from .model import Model
 from .optim import AdamW
@@ -25,6 +25,8 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_hf",
+    "load_weights",
+    "read_config",
     "save_checkpoint",
     "save_hf",
 ]
