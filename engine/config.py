@@ -19,16 +19,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
+Bound = float | None
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def setting(
-    default: Any,
-    description: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    changeable: bool = False,
+    default: Any, description: str, *, minimum: Bound = None, maximum: Bound = None, changeable: bool = False
 ) -> Any:
     """A dataclass field with its description and, for numbers, its inclusive bounds.
 
