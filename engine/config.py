@@ -7,32 +7,16 @@ a value out of range is a :class:`UserError` that names the key, the value and w
 """
 
 import dataclasses
-import difflib
-import json
-import math
 import tomllib
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from .errors import UserError
-
-Bound = float | None
+from .settings import build, describe, nearest, setting, settings_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-
-def setting(
-    default: Any, description: str, *, minimum: Bound = None, maximum: Bound = None, changeable: bool = False
-) -> Any:
-    """A dataclass field with its description and, for numbers, its inclusive bounds.
-
-    ``changeable``: it says how a run computes and not what, so a run that is resumed may have another value.
-    """
-    metadata = {"help": description, "minimum": minimum, "maximum": maximum, "changeable": changeable}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -328,7 +312,7 @@ SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fiel
 
 def is_changeable(section: str, key: str) -> bool:
     """Whether a run that is resumed may have another value of a setting: it says how to compute, and not what."""
-    return any(f.name == key and f.metadata["changeable"] for f in _settings(SECTIONS[section]))
+    return any(f.name == key and f.metadata["changeable"] for f in settings_of(SECTIONS[section]))
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -346,30 +330,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         for name, section in _read(path).items():
             if name not in SECTIONS:
-                raise UserError(f"{path}: unknown section [{name}]{_nearest(name, SECTIONS)}")
+                raise UserError(f"{path}: unknown section [{name}]{nearest(name, SECTIONS)}")
             if not isinstance(section, dict):
                 raise UserError(f"{path}: {name} is {section!r}, expected a section [{name}]")
             values[name].update(section)
     for override in overrides:
         name, key, value = _parse_override(override)
         values[name][key] = value
-    return Config(**{name: _build(name, cls, values[name]) for name, cls in SECTIONS.items()})
+    return Config(**{name: build(name, cls, values[name]) for name, cls in SECTIONS.items()})
 
 
 def describe_settings() -> str:
     """Every setting with its type, default and description: the text of ``--help``."""
-    lines = []
-    for name, cls in SECTIONS.items():
-        lines.append(f"\n[{name}] {(cls.__doc__ or '').strip()}")
-        hints = get_type_hints(cls)
-        for f in _settings(cls):
-            key = f"{name}.{f.name}={_spell(f.default)}"
-            lines.append(f"  {key:<40} {_type_name(hints[f.name])}: {f.metadata['help']}")
-    return "\n".join(lines)
-
-
-def _settings(section: type) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(section) if "help" in f.metadata]
+    return "\n".join(line for name, cls in SECTIONS.items() for line in describe(name, cls))
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -390,7 +363,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     dotted, equals, raw = text.partition("=")
     if not equals:
         raise UserError(f"{text!r} is no override; write section.key=value")
-    known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in _settings(cls)}
+    known = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in settings_of(cls)}
     if "." not in dotted:
         homes = [key for key in known if key.split(".")[1] == dotted]
         if len(homes) > 1:
@@ -398,55 +371,10 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
         dotted = homes[0] if homes else dotted
     if dotted not in known:
         leaves = known | {key.split(".")[1] for key in known}
-        raise UserError(f"unknown configuration key {dotted!r}{_nearest(dotted, leaves)}")
+        raise UserError(f"unknown configuration key {dotted!r}{nearest(dotted, leaves)}")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
     name, key = dotted.split(".")
     return name, key, value
-
-
-def _build(name: str, cls: type, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in _settings(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(f"unknown configuration key '{name}.{key}'{_nearest(key, fields)}")
-        values[key] = value = _convert(f"{name}.{key}", hints[key], value)
-        low, high = fields[key].metadata["minimum"], fields[key].metadata["maximum"]
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise UserError(f"{name}.{key} is {value}, expected {bounds}")
-    return cls(**values)
-
-
-def _convert(key: str, hint: Any, value: Any) -> Any:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise UserError(f"{key} is {value!r}, expected one of {', '.join(map(repr, get_args(hint)))}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # an override such as run.name=7
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise UserError(f"{key} is {json.dumps(value, default=str)}, expected {_type_name(hint)}")
-    return value
-
-
-def _nearest(key: str, known: Any) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))[:300]}"
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_type_name, get_args(hint)))
-    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[hint]
-
-
-def _spell(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (bool, str)) else str(value)

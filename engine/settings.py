@@ -1,0 +1,93 @@
+"""The settings of a section of the configuration: fields with a description and bounds, read strictly, and described.
+
+A section is a frozen dataclass. Its fields made by :func:`setting` are what a user may write.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+
+Bound = float | None
+
+
+def setting(
+    default: Any, description: str, *, minimum: Bound = None, maximum: Bound = None, changeable: bool = False
+) -> Any:
+    """A dataclass field with its description and, for numbers, its inclusive bounds.
+
+    ``changeable``: it says how a run computes and not what, so a run that is resumed may have another value.
+    """
+    metadata = {"help": description, "minimum": minimum, "maximum": maximum, "changeable": changeable}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(section: type) -> list[dataclasses.Field]:
+    """The fields that are settings, in their order."""
+    return [f for f in dataclasses.fields(section) if "help" in f.metadata]
+
+
+def build(name: str, cls: type, values: dict[str, Any]) -> Any:
+    """A section called ``name`` with these values.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a value out of bounds.
+    """
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in settings_of(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"unknown configuration key '{name}.{key}'{nearest(key, fields)}")
+        values[key] = value = _convert(f"{name}.{key}", hints[key], value)
+        low, high = fields[key].metadata["minimum"], fields[key].metadata["maximum"]
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise UserError(f"{name}.{key} is {value}, expected {bounds}")
+    return cls(**values)
+
+
+def describe(name: str, section: type) -> list[str]:
+    """The section and each of its settings with its type, default and description, a line each."""
+    hints = get_type_hints(section)
+    lines = [f"\n[{name}] {(section.__doc__ or '').strip()}"]
+    for f in settings_of(section):
+        key = f"{name}.{f.name}={_spell(f.default)}"
+        lines.append(f"  {key:<40} {_type_name(hints[f.name])}: {f.metadata['help']}")
+    return lines
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{key} is {value!r}, expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # an override such as run.name=7
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{key} is {json.dumps(value, default=str)}, expected {_type_name(hint)}")
+    return value
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the known one that was meant, or all of them."""
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))[:300]}"
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_type_name, get_args(hint)))
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[hint]
+
+
+def _spell(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (bool, str)) else str(value)
