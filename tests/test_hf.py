@@ -433,7 +433,7 @@ def memory(mesh: Mesh, folder: Path) -> dict[str, int]:
     load = growth(lambda: load_weights(model, folder))
     save = growth(lambda: save_hf(model, folder / f"again-{mesh.world_size}", dtype=torch.bfloat16))
     kept = growth(lambda: dict(model.state_dict_full()))
-    return {"load": load, "save": save, "kept": kept, "unit": 4 * max(shard.numel for shard in model.shards)}
+    return {"load": load, "save": save, "kept": kept}
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' record of the peak")
@@ -448,6 +448,4 @@ def test_memory_peaks_at_the_shard_and_one_tensor(tmp_path):
         for used in run_ranks(memory, world_size, tmp_path):
             assert used["kept"] > 0.75 * whole  # so the measure sees what is not given back
             assert used["load"] < tensor + 8 * MIB
-            # Ranks on CPUs gather a unit in the host's memory, where gloo keeps a copy of it.
-            gathered = 2 * used["unit"] if world_size > 1 else 0
-            assert used["save"] < gathered + tensor + 16 * MIB
+            assert used["save"] < tensor + 24 * MIB  # two chunks on their way to the file, and what gloo holds
