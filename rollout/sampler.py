@@ -252,10 +252,10 @@ class Sampler:
         with torch.inference_mode():
             admissions, copies = self._scheduler.admit()
             if admissions:
-                self._copy(copies)
+                self._prepare(copies)
                 done += self._prefill(admissions)
             if self._scheduler.running:
-                self._copy(self._scheduler.make_room())
+                self._prepare(self._scheduler.make_room())
             if self._scheduler.running:
                 done += self._decode()
         return done
@@ -285,8 +285,12 @@ class Sampler:
         return [done[request_id] for request_id in ids]
 
     def flush(self) -> None:
-        """To be called when weights have changed: nothing computed before is read again."""
+        """To be called when weights change: nothing computed before is read again.
+
+        The cache's memory is given back until the next :meth:`step`.
+        """
         self._scheduler.flush()
+        self._cache.free()
 
     def _find(self, request_id: int) -> _Generation:
         if request_id not in self._requests:
@@ -320,7 +324,9 @@ class Sampler:
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
+    def _prepare(self, copies: list[tuple[int, int]]) -> None:
+        """The cache for what was just scheduled."""
+        self._cache.prepare(self._tables.peak_blocks)  # blocks are taken from the first on
         if copies:
             self._cache.copy(copies)
             self._counts["copied_blocks"] += len(copies)
