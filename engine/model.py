@@ -262,7 +262,9 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             if parameter.ndim == 1:
-                yield name, values.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            yield name, values.normal_(0.0, self.config.initializer_range * scale, generator=generator)
+                values.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                scale = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                values.normal_(0.0, self.config.initializer_range * scale, generator=generator)
+            yield name, values
+            del values  # while the next one is made, this one must not stay

@@ -5,14 +5,13 @@
 
 A phase takes what its fullest moment takes, and a moment is a sum of items. What the units weigh is asked of the model,
 sharded on the meta device; what passes through a block follows engine/model.py and the kernels, a formula a line.
-Batches count as full, and as several a step: each begins beside the gradients of those before.
+Batches count as full, and as more than two a step: one begins beside the gradients of those before it.
 
 Legend: T tokens of a micro-batch; c and r bytes of an element in the compute and in the reduce dtype; "queries" and
 "keys" are the channels of all query heads and of all key heads.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +38,7 @@ ITEMS = (
     *("activations", "logits chunk", "update copies", "KV blocks", "snapshot", "I/O tensors"),
 )
 PREFILL_TOKENS = 4096  # of one step of rollout.Sampler
+EVALUATED_TASKS = 32  # of a rank at once, in recipes/evaluate.py
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def plan_memory(config: Config, num_ranks: int, device_type: str, phases: Sequen
         "rollout": rank.rollout(),
         "log-probabilities": rank.logprobs(),
         "update": rank.update(),
-        "checkpoint": [rank.held | {"I/O tensors": rank.passing}],  # the export makes one whole after another
+        "checkpoint": [rank.held | {"I/O tensors": rank.passing}],
     }
     found = []
     for name in PHASES:
@@ -145,27 +145,24 @@ def compute_bytes(config: Config, device_type: str) -> int:
 
 
 class _Layout(NamedTuple):
-    """Elements of the units, the root first, whole and of one shard; of the two largest parameters and of a block's."""
+    """Elements of the units, the root first, whole and of one shard, and of the largest parameter."""
 
     whole: tuple[int, ...]
     part: tuple[int, ...]
-    two_largest: int
-    largest_in_block: int
+    largest: int
     num_shards: int
-    norms_heads: bool
+    num_copies: int  # of the model
 
 
 @lru_cache(maxsize=64)
-def _layout(model: ModelConfig, num_ranks: int, shard_size: int) -> _Layout:
+def _layout(config: ModelConfig, num_ranks: int, shard_size: int) -> _Layout:
     mesh = Mesh(world_size=num_ranks, shard_size=shard_size, device=torch.device("meta"))
     with torch.device("meta"):
-        shards = ShardedModel(Model(model), mesh).shards
+        shards = ShardedModel(Model(config), mesh).shards
     part = tuple(shard.data.numel() for shard in shards)
-    slots = [[slot.numel for slot in shard.slots] for shard in shards]
-    two_largest = sum(sorted(itertools.chain(*slots))[-2:])
-    norms_heads = any("q_norm" in slot.name for slot in shards[1].slots)
     whole = tuple(numel * mesh.shard_size for numel in part)
-    return _Layout(whole, part, two_largest, max(slots[1]), mesh.shard_size, norms_heads)
+    largest = max(slot.numel for shard in shards for slot in shard.slots)
+    return _Layout(whole, part, largest, mesh.shard_size, mesh.num_replicas)
 
 
 class _Rank:
@@ -173,73 +170,67 @@ class _Rank:
 
     def __init__(self, config: Config, num_ranks: int, device_type: str, phases: Sequence[str]) -> None:
         settings, self.model, self.config = config.optimizer, config.model, config
-        self.layout = _layout(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
+        self.layout = layout = _layout(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
         self.num_ranks, self.cuda = num_ranks, device_type == "cuda"
-        self.gloo = not self.cuda and self.layout.num_shards > 1  # gloo copies what it gathers and scatters
         self.T = settings.tokens_per_microbatch
         self.c = compute_bytes(config, device_type)
         self.r = self.c if settings.reduce_dtype == "compute" else 4
         self.recompute = settings.activation_checkpointing == "block"
         self.late = not settings.reduce_every_microbatch
         # As in engine/unit.py: the shard serves as the gathered buffer, and in a world of one as the flat gradient.
-        self.is_master = self.layout.num_shards == 1 and self.c == 4 and settings.offload != "all"
+        self.is_master = layout.num_shards == 1 and self.c == 4 and settings.offload != "all"
         self.is_alone = self.is_master and num_ranks == 1
-        self.reference_is_master = self.layout.num_shards == 1 and settings.offload == "none"
-        elements, copies = sum(self.layout.part), num_ranks // self.layout.num_shards
+        self.reference_is_master = layout.num_shards == 1 and settings.offload == "none"
+        elements = sum(layout.part)
         state = {"weights": 4 * elements}  # master, float32
         if "update" in phases:
             state["moments"] = 2 * elements * (2 if settings.moments_dtype == "bfloat16" else 4)
-        # Copies of the model take turns by unit to save them (engine/checkpoint.py), the first one gets the root.
-        saved = sum(self.layout.part[::copies]) * sum(state.values()) // elements
+        # Copies of the model take turns by unit to save them (engine/manifest.py).
+        turns = (layout.part[copy :: layout.num_copies] for copy in range(layout.num_copies))
+        saved = max(map(sum, turns)) * sum(state.values()) // elements
         reference = {"reference": self.c * elements if config.grpo.beta and "log-probabilities" in phases else 0}
-        resident = {"none": state | reference, "reference": state, "all": {}}[settings.offload]
+        self.held = {"none": state | reference, "reference": state, "all": {}}[settings.offload]  # from load to end
         snapshot = {"snapshot": saved} if "checkpoint" in phases else {}  # kept from one save to the next
-        self.host = {k: v for k, v in (state | reference).items() if k not in resident and v} | snapshot
-        kv_blocks = int(config.rollout.kv_memory_gib * 2**30) if "rollout" in phases else 0
-        self.held = resident | {"KV blocks": kv_blocks}  # from the load to the end
+        self.host = {k: v for k, v in (state | reference).items() if k not in self.held and v} | snapshot
 
     # What the units take ---------------------------------------------------------------------------------------
 
-    def gathered(self, blocks: int, under_way: int, reference: bool = False) -> int:
-        """The root and so many blocks whole, in the compute dtype; nothing where the shards themselves serve.
-
-        gloo's copies beside them: of the one block that is under way while another computes, or of any two units.
-        """
+    def gathered(self, blocks: int, reference: bool = False) -> int:
+        """The root and so many blocks whole, in the compute dtype; nothing where the shards themselves serve."""
         if self.reference_is_master if reference else self.is_master:
             return 0
         whole = self.layout.whole
-        copies = (0, whole[1], sum(sorted(whole)[-2:]))[under_way] if self.gloo else 0
         offloaded = self.config.optimizer.offload in (("reference", "all") if reference else ("all",))
-        staged = 4 * self.layout.part[1] if self.cuda and offloaded else 0  # a shard comes over before it is cast
-        return self.c * (whole[0] + blocks * whole[1] + copies) + staged
+        master = self.c if reference else 4
+        staged = master * self.layout.part[1] if self.cuda and offloaded else 0  # a shard comes over, then it is cast
+        return self.c * (whole[0] + blocks * whole[1]) + staged
 
     @property
     def gradients(self) -> int:
         """What lasts over micro-batches, in float32: this rank's shards, or whole while the sum is put off."""
-        return 4 * sum(self.layout.whole if self.late and not self.is_alone else self.layout.part)
+        return 4 * sum(self.layout.whole if self.late else self.layout.part)
 
     def flat(self, unit: int) -> int:
-        """A unit's gradient of this backward pass, whole; where the lasting one is whole and float32 it serves."""
-        in_place = self.is_alone or (self.late and self.c == 4)
-        return 0 if in_place else self.c * self.layout.whole[unit]
+        """A unit's whole gradient in the reduce dtype, until its sum is there; the lasting one serves where it can."""
+        return 0 if self.is_alone or self.late else self.r * self.layout.whole[unit]
 
-    def reducing(self, unit: int) -> int:
-        """A sum over the ranks under way: the whole gradient in the reduce dtype, this rank's part, and copies."""
-        if self.is_alone:
-            return 0
-        whole, part = self.layout.whole[unit], self.layout.part[unit]
-        lasting = self.late and self.r == 4  # the whole gradient is the lasting one
-        total = (0 if lasting else self.r * whole) + (self.r * part if self.layout.num_shards > 1 else 0)
-        # Adding bfloat16 to float32 makes a float32 copy on a CPU: of the whole when it is put off, else of the part.
-        added = 0 if self.cuda else 4 * whole if self.late and self.c != 4 else 4 * part if self.r != 4 else 0
-        return total + max(added, self.r * whole if self.gloo else 0)
+    @property
+    def added(self) -> int:
+        """A CPU adds a sum in bfloat16 to float32 by way of a float32 copy."""
+        return 0 if self.cuda or self.late or self.r == 4 else 4 * self.layout.part[1]
 
     @property
     def passing(self) -> int:
-        """A model is read and written tensor by tensor, each still there when the next one comes: float32."""
-        return 4 * self.layout.two_largest
+        """Models are made, read and written tensor by tensor, float32, each gone before the next one comes."""
+        return 4 * self.layout.largest
 
     # What passes through a block -------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> int:
+        """What autograd keeps of a norm: its float32 input, and its output, which the projections take."""
+        steps = 0 if self.cuda else 4  # not fused: the normalised values too
+        return self.T * self.model.hidden_size * (4 + self.c + steps)
 
     @property
     def saved(self) -> int:
@@ -247,18 +238,15 @@ class _Rank:
         model, c = self.model, self.c
         queries = model.num_attention_heads * model.head_size
         keys = model.num_key_value_heads * model.head_size
-        norms = 2 * (4 + c) * model.hidden_size  # each its float32 input and its output, which the projections keep
-        if not self.cuda:
-            norms += 2 * 4 * model.hidden_size  # in steps, not fused: the normalised values too
         if implementation("cuda" if self.cuda else "cpu", "packed_attention") == "flash-attn":
             attention = c * (2 * queries + 2 * keys)  # q, k, v and the output
         else:
             attention = c * 5 * queries  # keys and values repeated for each query head; the output padded and packed
         attention += 4 * model.num_attention_heads  # log-sum-exp of each row
-        if self.layout.norms_heads:
-            attention += (4 if self.cuda else 8) * (queries + keys)  # Qwen3: of each head, kept as the other norms
+        if model.model_type == "qwen3":
+            attention += (4 if self.cuda else 8) * (queries + keys)  # norms of each head, kept as the others are
         swiglu = c * 4 * model.intermediate_size  # gate, silu(gate), up, product
-        return self.T * (norms + attention + swiglu)
+        return 2 * self.norm + self.T * (attention + swiglu)
 
     @property
     def kept(self) -> int:
@@ -266,12 +254,20 @@ class _Rank:
         return self.T * self.c * self.model.hidden_size if self.recompute else self.saved
 
     @property
-    def backward_work(self) -> int:
-        """Gradients within a block when most of them exist, beside what autograd has not yet let go."""
-        model, c = self.model, self.c
-        inner = 2 * c * model.intermediate_size * self.T  # of product, silu(gate) and up, less the product itself
-        outer = 2 * c * model.hidden_size * self.T  # of the block's output and of the sum before it
-        return inner + outer + c * self.layout.largest_in_block  # one matrix's gradient on its way to the flat one
+    def block_backward(self) -> list[tuple[int, int]]:
+        """Activations and parameters' gradients of a block at moments of its backward pass, in their order."""
+        model, c, T = self.model, self.c, self.T
+        queries = model.num_attention_heads * model.head_size
+        inner, stream = c * model.intermediate_size * T, c * model.hidden_size * T
+        norm = self.norm + 3 * 4 * model.hidden_size * T  # its input, its output and both gradients, in float32
+        swiglu, projection = 3 * c * model.hidden_size * model.intermediate_size, c * queries * model.hidden_size
+        return [
+            (self.saved + 2 * inner + stream, swiglu // 3),  # of product, silu(gate) and up, less the product itself
+            (self.saved - 3 * inner + 3 * stream, swiglu),  # that of gate is left
+            (self.saved - 4 * inner - self.norm + norm + stream, swiglu),
+            (self.saved - 4 * inner - self.norm + 2 * stream + 3 * c * queries * T, swiglu + projection),
+            (norm + stream, c * self.layout.whole[1]),
+        ]
 
     def forward_work(self, tokens: int) -> int:
         """Tensors of a block that live at once in a forward pass without a graph."""
@@ -280,6 +276,9 @@ class _Rank:
         keys = model.num_key_value_heads * model.head_size
         swiglu = c * (2 * model.hidden_size + 3 * model.intermediate_size)  # stream, normalised; silu, up, product
         attention = c * (2 * model.hidden_size + 5 * queries + 4 * keys)  # q, k, v, padded, repeated; output
+        if model.model_type == "qwen3":  # heads before and after their norm, in float32 too, and normalised alone
+            norm = c + (4 if c == 4 else 8) + (0 if self.cuda else 4)
+            attention = max(attention, c * 2 * model.hidden_size + norm * queries)
         return tokens * max(swiglu, attention)
 
     @property
@@ -306,88 +305,100 @@ class _Rank:
         head = model.vocab_size * model.hidden_size
         if self.cuda:  # input rows chosen and their gradient in float32, twice while it is added to
             return c * head + T * model.hidden_size * (4 + 4 + c) + c * T * min(CHUNK_COLUMNS, model.vocab_size)
-        casts = 0 if c == 4 else (4 + c) * head  # the head in float32, and its gradient cast back
+        up, down = (0, 0) if c == 4 else (4 * head, c * head)  # the head in float32; its gradient, cast at the end
         first, second = self.chunks
-        logits = max(4 * first, 3 * first + 2 * second)  # with their slope and gradient; likewise
-        return 4 * head + casts + c * T * model.hidden_size + logits
+        logits = max(4 * first, 3 * first + 2 * second, 2 * (second or first) + down)  # slope and gradient; likewise
+        return 4 * head + up + c * T * model.hidden_size + logits
 
     # Moments of the phases -------------------------------------------------------------------------------------
 
     def load(self) -> list[Items]:
-        """Units are made one after another, their buffers freed at once; then whole tensors come one by one."""
-        held = {name: size for name, size in self.held.items() if name in ("weights", "reference")}
-        buffered = not (self.is_master and (self.reference_is_master or "reference" not in held))
-        made = {"gather buffers": self.c * max(self.layout.whole) if buffered else 0}
-        return [held | made, held | ({} if self.cuda else {"I/O tensors": self.passing})]
+        """Units are made one after another, their buffers freed at once; then their shards are filled."""
+        weights = {name: size for name, size in self.held.items() if name == "weights"}
+        both = {name: size for name, size in self.held.items() if name in ("weights", "reference")}
+        buffer = self.c * max(self.layout.whole)
+        return [
+            weights | {"gather buffers": 0 if self.is_master else buffer},
+            both | {"gather buffers": 0 if self.reference_is_master or weights == both else buffer},
+            both | {"I/O tensors": 0 if self.cuda else self.passing},
+        ]
 
     def rollout(self) -> list[Items]:
         """The whole model in the compute dtype, and a prefill of many tokens or the draw of one token each."""
-        settings, model = self.config.rollout, self.model
-        sequences = -(-self.config.grpo.prompts_per_step // self.num_ranks) * self.config.grpo.num_generations
+        settings, grpo, evaluate = self.config.rollout, self.config.grpo, self.config.evaluate
+        sampled = -(-grpo.prompts_per_step // self.num_ranks) * grpo.num_generations
+        sequences = max(sampled, EVALUATED_TASKS * evaluate.num_samples)
         sequences = min(sequences, settings.concurrency or sequences)
         tokens = min(max(PREFILL_TOKENS, settings.max_trajectory_tokens), sequences * settings.max_trajectory_tokens)
-        a_logit = 20 if settings.top_p == 1 else 36  # logits, log-probabilities, chances, a float64 sum; or sorted too
-        layers = model.num_hidden_layers
-        whole = self.held | {"gather buffers": self.gathered(layers, 0)}
+        # Logits, log-probabilities, chances, their float64 sums and a copy that is summed; their order and sums before.
+        a_logit = 28 if settings.top_p == evaluate.top_p == 1 else 44
+        whole = {
+            "KV blocks": int(settings.kv_memory_gib * 2**30),
+            "gather buffers": self.gathered(self.model.num_hidden_layers),
+        }
         prefill = {"activations": self.forward_work(tokens)}
-        draw = {"logits chunk": a_logit * sequences * model.vocab_size}
-        return [self.held | {"gather buffers": self.gathered(layers, 2)}, whole | prefill, whole | draw]
+        draw = {"logits chunk": a_logit * sequences * self.model.vocab_size}
+        return [self.held | whole | prefill, self.held | whole | draw]
 
     def logprobs(self) -> list[Items]:
         """A forward pass without a graph: of the reference, or of the policy where there is none."""
         reference = bool(self.config.grpo.beta)
         hidden = self.c * self.T * self.model.hidden_size
-        two = min(2, self.model.num_hidden_layers)
-        root = self.gathered(0, 0, reference)
-        moments = [
-            {"gather buffers": self.gathered(two, 2, reference)},
-            {"gather buffers": self.gathered(two, two - 1, reference), "activations": self.forward_work(self.T)},
-            {"gather buffers": root, "activations": hidden, "logits chunk": self.head_forward},
+        two, root = (self.gathered(blocks, reference) for blocks in (min(2, self.model.num_hidden_layers), 0))
+        return [
+            self.held | {"gather buffers": two, "activations": self.forward_work(self.T)},
+            self.held | {"gather buffers": root, "activations": hidden, "logits chunk": self.head_forward},
         ]
-        return [self.held | moment for moment in moments]
 
     def update(self) -> list[Items]:
         """From the start of the backward pass to the update, beside the gradients of earlier micro-batches."""
-        layers, c, T = self.model.num_hidden_layers, self.c, self.T
-        held = self.held | {"gradients": self.gradients}
-        last_norm = T * self.model.hidden_size * (4 + c + (0 if self.cuda else 4))
-        embedding = c * self.model.vocab_size * self.model.hidden_size
-        tied = embedding if self.model.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
+        model, c = self.model, self.c
+        layers, stream = model.num_hidden_layers, c * self.T * model.hidden_size
+        table = c * model.vocab_size * model.hidden_size  # of the head, or of the embedding
+        root, block = c * self.layout.whole[0], c * self.layout.whole[1]  # whole gradients
+        tied = table if model.tie_word_embeddings else 0  # until it is added to the embedding's
         keeps_blocks = not self.config.optimizer.reshard_after_forward
+        sums = min(2, self.layout.num_copies)  # under way at a time: over the shards, and over the copies
         moments = [
             {
-                "gather buffers": self.gathered(layers if keeps_blocks else 1, 0 if keeps_blocks else 1),
-                "reduce buffers": self.flat(0),
-                "activations": layers * self.kept + last_norm,
+                "gather buffers": self.gathered(layers if keeps_blocks else 1),
+                "activations": layers * self.kept + self.norm,
                 "logits chunk": self.head_backward,
             }
         ]
         for done in range(min(3, layers)):  # blocks whose backward pass is over
             left = layers - done
-            two = min(2, left)
-            whole = {
-                "gather buffers": self.gathered(left, 0) if keeps_blocks else self.gathered(two, two - 1),
-                "activations": left * self.kept + tied,
-            }
-            under_way = self.flat(0) + self.flat(1) + (self.reducing(1) if done else 0)
-            work = self.backward_work + (self.saved if self.recompute else 0)
-            moments.append(whole | {"reduce buffers": under_way, "activations": whole["activations"] + work})
-            if done and self.c != self.r:  # the block before is cast when the next one's gradient has its memory
-                cast = self.flat(0) + 2 * self.flat(1) + self.reducing(1)
-                moments.append(whole | {"reduce buffers": cast})
+            under_way = table + min(done, sums) * self.flat(1)
+            for activations, gradients in self.block_backward:
+                moments.append(
+                    {
+                        "gather buffers": self.gathered(left if keeps_blocks else min(2, left)),
+                        "reduce buffers": under_way + gradients,
+                        "activations": (left - 1 + self.recompute) * self.kept + activations,
+                    }
+                )
+            if done:  # the gradients of the block before are collected, after the sum of the one before that
+                moments.append(
+                    {
+                        "gather buffers": self.gathered(left if keeps_blocks else 1),
+                        "reduce buffers": under_way + block + (self.added if done > 1 else 0),
+                        "activations": left * self.kept + stream,
+                    }
+                )
         moments += [
             {
-                "gather buffers": self.gathered(1, 0),
-                "reduce buffers": self.flat(0) + self.flat(1) + self.reducing(1),
-                "activations": embedding + tied + T * c * self.model.hidden_size,
+                "gather buffers": self.gathered(1),
+                "reduce buffers": root + block + max(tied, self.added) + min(sums, layers - 1) * self.flat(1),
+                "activations": stream,
             },
-            {"reduce buffers": self.flat(0) * (self.c != self.r) + self.reducing(0) + self.reducing(1)},
+            {"gather buffers": self.gathered(0), "reduce buffers": root + block + min(sums, layers) * self.flat(1)},
+            {"reduce buffers": root + self.flat(0) + min(sums, layers) * self.flat(1)},
             {"update copies": self.update_copies},
         ]
-        return [held | moment for moment in moments]
+        return [self.held | {"gradients": self.gradients} | moment for moment in moments]
 
     @property
     def update_copies(self) -> int:
-        """bfloat16 moments in float32, of one chunk and of the one before."""
+        """bfloat16 moments in float32, chunk by chunk."""
         rounded = self.config.optimizer.moments_dtype == "bfloat16"
-        return 4 * 4 * min(CHUNK, max(self.layout.part)) if rounded else 0
+        return 2 * 4 * min(CHUNK, max(self.layout.part)) if rounded else 0

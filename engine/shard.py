@@ -154,6 +154,7 @@ class ShardedModel(nn.Module):
                 raise ValueError(f"{name} of shape {list(tensor.shape)} is no parameter of the model, or comes twice.")
             for own, there in places.get(name, []):
                 own.copy_(tensor.reshape(-1)[there])
+            del tensor  # while the next one is made, this one must not stay
         if shapes:
             raise ValueError(f"no values for {next(iter(shapes))} and {len(shapes) - 1} other parameters.")
 

@@ -193,7 +193,7 @@ class Unit:
                 first, last = max(rank * part - slot.offset, 0), min((rank + 1) * part - slot.offset, slot.numel)
                 self.mesh.broadcast(whole[first:last], rank)
             yield slot.name, whole.view(slot.shape).cpu()
-            del whole  # it must not stay while the next one is made
+            del whole  # while the next one is made, this one must not stay
 
     # Gradients -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ class Rollouts:
 
     Args:
         run: configuration and ranks.
-        policy: what is sampled from; its weights are whole only while it samples.
+        policy: what is sampled from; its weights are whole, and the sampler has its cache, only while it samples.
     """
 
     def __init__(self, run: Run, policy: Policy) -> None:
@@ -45,20 +45,23 @@ class Rollouts:
         self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int
     ) -> list[Group]:
         """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together."""
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
+        )
         with self._policy.model.gathered():
-            self.sampler.flush()
-            return run_agent(
-                self.sampler,
-                self.sandbox,
-                tasks,
-                tokenizer=self._policy.tokenizer,
-                num_generations=num_generations,
-                params=SamplingParams(
-                    temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
-                ),
-                limits=self._limits,
-                seed=seed,
-            )
+            try:
+                return run_agent(
+                    self.sampler,
+                    self.sandbox,
+                    tasks,
+                    tokenizer=self._policy.tokenizer,
+                    num_generations=num_generations,
+                    params=params,
+                    limits=self._limits,
+                    seed=seed,
+                )
+            finally:
+                self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
 
     def __enter__(self) -> Self:
         return self

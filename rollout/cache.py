@@ -6,6 +6,7 @@ holds; after a flush nothing stored before can be read.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -207,7 +208,8 @@ class BlockTables:
 class KVCache:
     """Keys and values of every layer: [L, num_blocks, block_size, Hkv, D] each.
 
-    Memory is zero at first, so that cells which attention masks are always finite.
+    Memory is taken at the first use, and again at the first after :meth:`free`. Blocks are zero at first, so that cells
+    which attention masks are always finite.
 
     Args:
         config: the model's shape.
@@ -220,9 +222,30 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_size)
+        self._device, self._dtype = device, dtype
+        self._ready = 0
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return torch.empty(self._shape, device=self._device, dtype=self._dtype)
+
+    @cached_property
+    def values(self) -> Tensor:
+        return torch.empty(self._shape, device=self._device, dtype=self._dtype)
+
+    def prepare(self, num_blocks: int) -> None:
+        """Makes the first blocks fit for use; a CPU's pages are not touched before they serve."""
+        if num_blocks > self._ready:
+            for pool in (self.keys, self.values):
+                pool[:, self._ready : num_blocks].zero_()
+            self._ready = num_blocks
+
+    def free(self) -> None:
+        """Gives the memory back; what was stored is gone."""
+        for name in ("keys", "values"):
+            self.__dict__.pop(name, None)
+        self._ready = 0
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ Legend: N sequences, T tokens, H hidden, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,17 +22,9 @@ from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
 from .cache import BlockTables, KVCache
 from .draw import SamplingParams, choose, stream_key, uniforms
 from .scheduler import Admission, Request, Scheduler
+from .stop import Decodes, StopFinder
 
 _COUNTS = ("prefill_tokens", "prefix_hit_tokens", "recomputed_tokens", "decode_steps", "decode_tokens", "copied_blocks")
-
-
-class Decodes(Protocol):
-    """What sampling needs of ``engine.Tokenizer``."""
-
-    vocab_size: int
-    eos_id: int
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -49,34 +41,6 @@ class Completion:
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     text: str
-
-
-class StopFinder:
-    """Tells whether the newest token of a turn completes a stop string, at the price of a set lookup for most tokens.
-
-    Args:
-        texts: the text of each token by itself.
-        tokenizer: decodes the tail of a turn when a token raises the alarm.
-        stop: the strings.
-    """
-
-    def __init__(self, texts: Sequence[str], tokenizer: Decodes, stop: tuple[str, ...]) -> None:
-        self._texts = texts
-        self._decode = tokenizer.decode
-        self._stop = stop
-        self._longest = max((len(text.encode()) for text in stop), default=0)
-        last = {text[-1] for text in stop}
-        # A token that is part of a character shows U+FFFD: it may complete any character.
-        self.alarm = frozenset(i for i, text in enumerate(texts) if "\ufffd" in text or not last.isdisjoint(text))
-
-    def found(self, token_ids: Sequence[int], start: int) -> bool:
-        """Whether a stop string lies in ``token_ids[start:]``, given that none lay there before the last token."""
-        begin, characters = len(token_ids), 0
-        while begin > start and characters < self._longest:
-            begin -= 1
-            characters += len(self._texts[token_ids[begin]])
-        tail = self._decode(token_ids[begin:])
-        return any(text in tail for text in self._stop)
 
 
 @dataclass(eq=False)
@@ -252,10 +216,10 @@ class Sampler:
         with torch.inference_mode():
             admissions, copies = self._scheduler.admit()
             if admissions:
-                self._copy(copies)
+                self._prepare(copies)
                 done += self._prefill(admissions)
             if self._scheduler.running:
-                self._copy(self._scheduler.make_room())
+                self._prepare(self._scheduler.make_room())
             if self._scheduler.running:
                 done += self._decode()
         return done
@@ -285,8 +249,12 @@ class Sampler:
         return [done[request_id] for request_id in ids]
 
     def flush(self) -> None:
-        """To be called when weights have changed: nothing computed before is read again."""
+        """To be called when weights change: nothing computed before is read again.
+
+        The cache's memory is given back until the next :meth:`step`.
+        """
         self._scheduler.flush()
+        self._cache.free()
 
     def _find(self, request_id: int) -> _Generation:
         if request_id not in self._requests:
@@ -320,7 +288,9 @@ class Sampler:
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
+    def _prepare(self, copies: list[tuple[int, int]]) -> None:
+        """The cache for what was just scheduled."""
+        self._cache.prepare(self._tables.peak_blocks)  # blocks are taken from the first on
         if copies:
             self._cache.copy(copies)
             self._counts["copied_blocks"] += len(copies)

@@ -116,6 +116,7 @@ class Tables(RuleBasedStateMachine):
         assert np.array_equal(held, self.tables.references)
         assert self.tables.free_blocks == int((held == 0).sum())
         assert self.tables.used_blocks <= self.tables.peak_blocks
+        assert not held[self.tables.peak_blocks :].any()  # which the sampler has not prepared
 
     @invariant()
     def rows_read_what_they_are_owed(self) -> None:
@@ -143,9 +144,12 @@ def test_kv_writes_and_copies_land_in_their_blocks():
     config = ModelConfig(num_hidden_layers=2)
     cache = KVCache(config, 6, 4, torch.device("cpu"), torch.float32)
     assert cache.keys.nbytes + cache.values.nbytes == 6 * KVCache.block_bytes(config, 4, torch.float32)
+    cache.prepare(5)
     k, v = torch.randn(5, 2, 32), torch.randn(5, 2, 32)
     slots = torch.tensor([8, 9, 10, 11, 20])
-    cache.write(1, slots, k, v)
+    cache.write(1, slots[:4], k[:4], v[:4])
+    cache.prepare(6)
+    cache.write(1, slots[4:], k[4:], v[4:])
     assert torch.equal(cache.keys[1, 2], k[:4])
     assert torch.equal(cache.values[1, 5, 0], v[4])
     assert not cache.keys[0].any()
@@ -153,3 +157,7 @@ def test_kv_writes_and_copies_land_in_their_blocks():
     assert torch.equal(cache.keys[1, 0], k[:4])
     assert torch.equal(cache.values[1, 3], cache.values[1, 5])
     assert torch.equal(cache.keys[1, 2], k[:4])
+    cache.free()
+    cache.prepare(6)
+    assert not cache.keys.any()
+    assert not cache.values.any()

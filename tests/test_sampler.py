@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
@@ -229,6 +230,17 @@ def test_after_a_flush_nothing_old_is_read(model):
             torch.testing.assert_close(torch.tensor(later[request_id].logprobs), expected, atol=1e-5, rtol=0)
     finally:
         model.load_state_dict(weights)
+
+
+def test_a_flush_gives_the_memory_of_the_cache_back_until_the_next_step(model):
+    engine = sampler(model)
+    params = SamplingParams(max_tokens=6)
+    before = engine.generate(prompts(13), params)
+    pools = [StorageWeakRef(pool.untyped_storage()) for pool in (engine._cache.keys, engine._cache.values)]
+    assert not any(pool.expired() for pool in pools)
+    engine.flush()
+    assert all(pool.expired() for pool in pools)
+    assert tokens(engine.generate(prompts(13), params)) == tokens(before)
 
 
 def test_a_flush_voids_the_prompt_of_those_that_wait(model):
