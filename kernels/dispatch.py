@@ -20,7 +20,10 @@ try:
 except ImportError:
     triton = tl = None
 
-OPERATIONS = ("grouped_logprob", "clamped_delta_loss", "packed_attention", "paged_attention")
+OPERATIONS = (
+    *("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"),
+    *("packed_attention", "paged_attention"),
+)
 
 
 def jit(function: Callable[..., None]) -> Any:
