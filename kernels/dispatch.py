@@ -31,6 +31,7 @@ def jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+@cache
 def implementation(device_type: str, op: str) -> str:
     """Name what serves ``op`` on ``device_type``: "triton", "flash-attn", "sdpa" or "eager".
 
