@@ -4,7 +4,7 @@
 
 A shape is tokens x hidden x intermediate x query heads x key heads x head size. ``share_of_limit`` is the time of one
 copy that moves as many bytes as the operation must read and write, timed in the same run, over ours; ``speedup`` is the
-time of plain PyTorch over ours. A row with ``no_gradient`` is the forward pass of the sampler, in place where it can be.
+time of plain PyTorch over ours. ``no_gradient`` is the forward pass of a sampler, in place where it can be.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def make_inputs(op: str, shape: tuple[int, ...], device: str, seed: int) -> tupl
     tokens, hidden, intermediate, query_heads, key_heads, size = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(seed)
-    sizes = {
+    sizes: dict[str, list[tuple[int, ...]]] = {
         "rms_norm": [(tokens, hidden), (tokens, hidden), (hidden,)],
         "rotary": [(tokens, query_heads, size), (tokens, key_heads, size)],
         "swiglu": [(tokens, intermediate), (tokens, intermediate)],
@@ -58,8 +58,8 @@ def make_inputs(op: str, shape: tuple[int, ...], device: str, seed: int) -> tupl
     return own, list(Rotary(size, 1e6).angles(torch.arange(tokens, device=device), dtype))
 
 
-def passes(form: Form, own: list[Tensor], fixed: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Form]:
-    """Outputs, gradients, and the backward pass alone."""
+def passes(form: Form, own: list[Tensor], fixed: list[Tensor]) -> tuple[dict[str, list[Tensor]], Form]:
+    """Values and gradients, and the backward pass alone."""
     outputs = list(form(*own, *fixed))
     generator = torch.Generator(own[0].device).manual_seed(0)
     slopes = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in outputs]
@@ -67,17 +67,17 @@ def passes(form: Form, own: list[Tensor], fixed: list[Tensor]) -> tuple[list[Ten
     def backward() -> Any:
         return torch.autograd.grad(outputs, own, slopes, retain_graph=True)
 
-    return [x.detach() for x in outputs], list(backward()), backward
+    return {"value": [x.detach() for x in outputs], "gradient": list(backward())}, backward
 
 
 def check(op: str, own: list[Tensor], fixed: list[Tensor]) -> None:
     """Stop unless values and gradients are about as good as plain PyTorch's, and two runs agree to the bit."""
     ours, plain = FORMS[op]
     doubles = [x.detach().double().requires_grad_() for x in own]
-    true = passes(plain, doubles, [x.double() for x in fixed])
-    first, again, naive = (passes(form, own, fixed) for form in (ours, ours, plain))
-    for kind, exact, got, repeated, other in zip(("value", "gradient"), true, first, again, naive, strict=False):
-        for a, b, c, d in zip(got, repeated, other, exact, strict=True):
+    true, _ = passes(plain, doubles, [x.double() for x in fixed])
+    first, again, naive = (passes(form, own, fixed)[0] for form in (ours, ours, plain))
+    for kind in true:
+        for a, b, c, d in zip(first[kind], again[kind], naive[kind], true[kind], strict=True):
             bound = 1.5 * common.error(c, d) + 1e-6
             if not common.error(a, d) <= bound:
                 sys.exit(f"{op}: the {kind} is wrong by {common.error(a, d):.2e}; {bound:.2e} is allowed")
@@ -90,8 +90,7 @@ def measure(op: str, shape: tuple[int, ...], args: Any) -> list[common.Row]:
     check(op, *inputs[0])
     ours, plain = FORMS[op]
     bare = [[x.detach().clone() for some in each for x in some] for each in inputs]
-    outputs, _, _ = passes(ours, *inputs[0])
-    once = sum(x.nbytes for x in outputs)
+    once = sum(x.nbytes for x in passes(ours, *inputs[0])[0]["value"])
     # The tables of the angles count half: the other half repeats it.
     tables = sum(x.nbytes // 2 for x in inputs[0][1])
     read = sum(x.nbytes for x in inputs[0][0]) + tables
@@ -105,7 +104,7 @@ def measure(op: str, shape: tuple[int, ...], args: Any) -> list[common.Row]:
             once + kept + written,
             lambda ours, plain: ours(),
             lambda ours, plain: plain(),
-            [tuple(passes(form, *each)[2] for form in (ours, plain)) for each in inputs],
+            [tuple(passes(form, *each)[1] for form in (ours, plain)) for each in inputs],
         ),
     }
     rows = []

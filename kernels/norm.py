@@ -145,14 +145,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both in the dtype of x: the norm is of the sum as it is returned.
 
-    Args:
-        x: [...,H] floating point.
-        residual: of the same shape and dtype.
-        weight: [H] of the same dtype.
-        eps: added to the mean square.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+    ``residual`` has the shape and dtype of x; the rest is as for :func:`rms_norm`.
     """
     _check("add_rms_norm", x, weight, residual)
     if triton_serves("rms_norm", x):
@@ -163,13 +156,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _check(op: str, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     if weight.dim() != 1 or x.shape[-1:] != weight.shape or weight.numel() == 0:
-        raise ValueError(
-            f"{op}: x and weight have shapes {list(x.shape)} and {list(weight.shape)}; expected [...,H] and [H], H at "
-            "least 1"
-        )
-    if residual is None:
-        check_alike(op, x=x, weight=weight)
-        return
-    if residual.shape != x.shape:
+        shapes = f"{list(x.shape)} and {list(weight.shape)}"
+        raise ValueError(f"{op}: x and weight have shapes {shapes}; expected [...,H] and [H], H at least 1")
+    if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{op}: residual has shape {list(residual.shape)}; expected {list(x.shape)} as x")
-    check_alike(op, x=x, weight=weight, residual=residual)
+    check_alike(op, x=x, weight=weight, **({} if residual is None else {"residual": residual}))
