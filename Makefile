@@ -34,6 +34,7 @@ types: .venv/.test
 bench: .venv/.test
 	$(BIN)/python -m groupwise.bench.logprob
 	$(BIN)/python -m groupwise.bench.clamped_delta
+	$(BIN)/python -m groupwise.bench.small_kernels
 	$(BIN)/python -m groupwise.bench.shard
 
 .venv/bin/python:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.attention import packed_attention
 from ..kernels.logprob import grouped_logprob
+from ..kernels.norm import add_rms_norm, rms_norm
+from ..kernels.rotary import apply_rotary
+from ..kernels.swiglu import silu_mul
 from .config import ModelConfig, RopeScaling
 
 
@@ -66,7 +68,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [T,H] -> [T,H]
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # [T,H] twice -> [T,H] twice
+        """The norm of x + residual, and that sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Rotary:
@@ -104,18 +110,14 @@ class Rotary:
         return (1 - kept) * plain / self.scaling.factor + kept * plain
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factors of ``rotate`` for positions [T]: cos and sign-carrying sin, [T,1,D] each."""
+        """The factors of ``apply_rotary`` for positions [T]: cos and sign-carrying sin, [T,1,D] each."""
         signed = self._signed.get(positions.device)
         if signed is None:
             half = self.frequencies(positions.device)
-            # The sign of the sine rides on the frequency: rotate() then needs no negation.
+            # The sign of the sine rides on the frequency: a rotation then needs no negation.
             signed = self._signed[positions.device] = torch.cat((-half, half))
         angle = (positions.to(torch.float32)[:, None] * signed)[:, None, :]
         return angle.cos().to(dtype), angle.sin().to(dtype)
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x: [T,heads,D]
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class SelfAttention(nn.Module):
@@ -137,8 +139,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:  # [T,H] -> [T,H]
         heads = (x.shape[0], -1, self.head_dim)
-        q = Rotary.rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # [T,Hq,D]
-        k = Rotary.rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # [T,Hkv,D]
+        q = self.q_norm(self.q_proj(x).view(heads))  # [T,Hq,D]
+        k = self.k_norm(self.k_proj(x).view(heads))  # [T,Hkv,D]
+        q, k = apply_rotary(q, k, cos, sin)
         v = self.v_proj(x).view(heads)  # [T,Hkv,D]
         return self.o_proj(attention(self.layer, q, k, v).flatten(1))
 
@@ -153,7 +156,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [T,H] -> [T,H]
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -167,8 +170,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:  # [T,H] -> [T,H]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normalised, x = self.post_attention_layernorm.after_sum(
+            self.self_attn(self.input_layernorm(x), cos, sin, attention), x
+        )
+        return x + self.mlp(normalised)
 
 
 class Decoder(nn.Module):

@@ -5,8 +5,13 @@ from .attention import packed_attention, paged_attention
 from .clamped_delta import clamped_delta_loss
 from .dispatch import describe, implementation
 from .logprob import grouped_logprob
+from .norm import add_rms_norm, rms_norm
+from .rotary import apply_rotary
+from .swiglu import silu_mul
 
 __all__ = [
+    "add_rms_norm",
+    "apply_rotary",
     "clamped_delta_loss",
     "describe",
     "eager",
@@ -14,4 +19,6 @@ __all__ = [
     "implementation",
     "packed_attention",
     "paged_attention",
+    "rms_norm",
+    "silu_mul",
 ]

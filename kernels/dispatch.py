@@ -20,7 +20,10 @@ try:
 except ImportError:
     triton = tl = None
 
-OPERATIONS = ("grouped_logprob", "clamped_delta_loss", "packed_attention", "paged_attention")
+OPERATIONS = (
+    *("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"),
+    *("packed_attention", "paged_attention"),
+)
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -28,6 +31,7 @@ def jit(function: Callable[..., None]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+@cache
 def implementation(device_type: str, op: str) -> str:
     """Name what serves ``op`` on ``device_type``: "triton", "flash-attn", "sdpa" or "eager".
 

@@ -179,6 +179,24 @@ def _clamp(x: Tensor, bound: float) -> Tensor:
     return torch.where(x > bound, bound, torch.where(x < -bound, -bound, x))
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [...,H], [H] -> [...,H]
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32 (float64 for float64 inputs)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T,heads,D], [T,1,D] twice -> [T,heads,D]
+    """Each pair of channels i and i + D/2 turned by its angle; the sine carries the sign of its half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; in the memory of gate where no gradient is needed."""
+    if gate.requires_grad or up.requires_grad:
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Causal grouped-query attention inside each packed segment; q [T,Hq,D], k and v [T,Hkv,D] -> [T,Hq,D].
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.kernels import clamped_delta, logprob
+from groupwise.kernels import clamped_delta, logprob, norm, rotary, swiglu
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -22,8 +22,14 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers to the inputs' dtype; every other pointer is to float32, save the targets.
-ELEMENTS = {"hidden", "weight", "d_logits"}
+ELEMENTS = {
+    *("hidden", "weight", "d_logits"),
+    *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
+    *("q", "k", "cos", "sin", "q_out", "k_out"),
+    *("gate", "up", "out", "d_out", "d_gate", "d_up"),
+}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
+UNALIGNED = {"num_tokens", "num_blocks", "num_slices", "num_rows", "num_query_heads", "num_key_heads"}
 
 
 def compiled(kernel: Any, element: str, constants: dict[str, Any], architecture: str, **options: int) -> Any:
@@ -35,11 +41,11 @@ def compiled(kernel: Any, element: str, constants: dict[str, Any], architecture:
             signature[name] = "constexpr"
         elif INTEGERS.fullmatch(name):
             signature[name] = "i32"
-        elif name in ("scale", "clip_low", "clip_high", "beta", "delta_max"):
+        elif name in ("scale", "clip_low", "clip_high", "beta", "delta_max", "eps"):
             signature[name] = "fp32"
         else:
             signature[name] = "*i64" if name == "targets" else "*" + (element if name in ELEMENTS else "fp32")
-        if signature[name] not in ("constexpr", "fp32") and name not in ("num_tokens", "num_blocks", "num_slices"):
+        if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED:
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -96,3 +102,32 @@ def test_small_kernels(architecture: str, tmp_path: Path) -> None:
     ]
     for kernel, constants in cases:
         check_no_spill(compiled(kernel, "fp32", constants, architecture, num_warps=4), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(
+    ("residual", "num_hidden", "dtype"), [(False, 128, "bf16"), (True, 5120, "bf16"), (True, 5120, "fp32")]
+)
+def test_norm(residual: bool, num_hidden: int, dtype: str, architecture: str, tmp_path: Path) -> None:
+    kernels = {norm._forward_kernel: norm.FORWARD_ELEMENTS, norm._backward_kernel: norm.BACKWARD_ELEMENTS}
+    for kernel, elements in kernels.items():
+        rows, width, num_warps = norm.tile(elements, num_hidden)
+        constants = {"HAS_RESIDUAL": residual, "ROWS": rows, "WIDTH": width}
+        binary = compiled(kernel, dtype, constants, architecture, num_warps=num_warps)
+        check_no_spill(binary, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize(("size", "back", "dtype"), [(96, False, "bf16"), (128, True, "bf16"), (128, False, "fp32")])
+def test_rotary(size: int, back: bool, dtype: str, architecture: str, tmp_path: Path) -> None:
+    constants = {"BACK": back, "SIZE": size, "WIDTH": 64, "QUERY_HEADS": 64, "KEY_HEADS": 8}
+    binary = compiled(rotary._rotary_kernel, dtype, constants, architecture, num_warps=4)
+    check_no_spill(binary, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_swiglu(architecture: str, tmp_path: Path) -> None:
+    for kernel in (swiglu._forward_kernel, swiglu._backward_kernel):
+        for dtype in NAMES.values():
+            binary = compiled(kernel, dtype, {"BLOCK": swiglu.BLOCK}, architecture, num_warps=4)
+            check_no_spill(binary, architecture, tmp_path)
