@@ -228,9 +228,10 @@ class _Rank:
 
     @property
     def norm(self) -> int:
-        """What autograd keeps of a norm: its float32 input, and its output, which the projections take."""
-        steps = 0 if self.cuda else 4  # not fused: the normalised values too
-        return self.T * self.model.hidden_size * (4 + self.c + steps)
+        """What autograd keeps of a norm: its input, and its output, which the projections take."""
+        if self.cuda:  # and 1/rms of each row
+            return self.T * (2 * self.c * self.model.hidden_size + 4)
+        return self.T * self.model.hidden_size * (4 + self.c + 4)  # in float32, not fused: the normalised values too
 
     @property
     def saved(self) -> int:
@@ -243,10 +244,16 @@ class _Rank:
         else:
             attention = c * 5 * queries  # keys and values repeated for each query head; the output padded and packed
         attention += 4 * model.num_attention_heads  # log-sum-exp of each row
-        if model.model_type == "qwen3":
-            attention += (4 if self.cuda else 8) * (queries + keys)  # norms of each head, kept as the others are
-        swiglu = c * 4 * model.intermediate_size  # gate, silu(gate), up, product
+        if model.model_type == "qwen3":  # norms of each head, kept as the others are
+            rows = 4 * (model.num_attention_heads + model.num_key_value_heads)
+            attention += c * (queries + keys) + rows if self.cuda else 8 * (queries + keys)
+        swiglu = self.kept_of_swiglu * c * model.intermediate_size
         return 2 * self.norm + self.T * (attention + swiglu)
+
+    @property
+    def kept_of_swiglu(self) -> int:
+        """Tensors: gate, up and product; in steps, not fused, silu(gate) too."""
+        return 3 if self.cuda else 4
 
     @property
     def kept(self) -> int:
@@ -259,13 +266,15 @@ class _Rank:
         model, c, T = self.model, self.c, self.T
         queries = model.num_attention_heads * model.head_size
         inner, stream = c * model.intermediate_size * T, c * model.hidden_size * T
-        norm = self.norm + 3 * 4 * model.hidden_size * T  # its input, its output and both gradients, in float32
+        # Beside what it keeps: its input, its output and both gradients, in float32; fused, gradients alone.
+        norm = self.norm + (3 * stream if self.cuda else 3 * 4 * model.hidden_size * T)
+        inside = self.saved - self.kept_of_swiglu * inner  # what is left of a block when SwiGLU is over
         swiglu, projection = 3 * c * model.hidden_size * model.intermediate_size, c * queries * model.hidden_size
         return [
-            (self.saved + 2 * inner + stream, swiglu // 3),  # of product, silu(gate) and up, less the product itself
-            (self.saved - 3 * inner + 3 * stream, swiglu),  # that of gate is left
-            (self.saved - 4 * inner - self.norm + norm + stream, swiglu),
-            (self.saved - 4 * inner - self.norm + 2 * stream + 3 * c * queries * T, swiglu + projection),
+            (self.saved + 2 * inner + stream, swiglu // 3),  # of product, gate (or silu(gate)) and up, less the product
+            (inside + (2 if self.cuda else 1) * inner + 3 * stream, swiglu),  # fused, those of gate and up are left
+            (inside - self.norm + norm + stream, swiglu),
+            (inside - self.norm + 2 * stream + 3 * c * queries * T, swiglu + projection),
             (norm + stream, c * self.layout.whole[1]),
         ]
 
@@ -274,10 +283,10 @@ class _Rank:
         model, c = self.model, self.c
         queries = model.num_attention_heads * model.head_size
         keys = model.num_key_value_heads * model.head_size
-        swiglu = c * (2 * model.hidden_size + 3 * model.intermediate_size)  # stream, normalised; silu, up, product
+        swiglu = c * (2 * model.hidden_size + 2 * model.intermediate_size)  # stream, normalised; gate or product, up
         attention = c * (2 * model.hidden_size + 5 * queries + 4 * keys)  # q, k, v, padded, repeated; output
-        if model.model_type == "qwen3":  # heads before and after their norm, in float32 too, and normalised alone
-            norm = c + (4 if c == 4 else 8) + (0 if self.cuda else 4)
+        if model.model_type == "qwen3":  # heads before and after their norm; on a CPU in float32 too, normalised alone
+            norm = 2 * c if self.cuda else c + (4 if c == 4 else 8) + 4
             attention = max(attention, c * 2 * model.hidden_size + norm * queries)
         return tokens * max(swiglu, attention)
 

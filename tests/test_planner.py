@@ -329,7 +329,7 @@ def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2():
     fits = run_plan("datarus_14b", "--gpus", "8x141GB")
     assert fits.returncode == 0, fits.stderr
     assert "KV blocks" in fits.stdout
-    assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 100.0 GB")
+    assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 99.6 GB")
     refused = run_plan("datarus_14b", "rollout.kv_memory_gib=20", "--gpus=2x80GB")
     assert refused.returncode == 2
     assert "log-probabilities" in refused.stdout
