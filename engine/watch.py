@@ -5,8 +5,8 @@ ranks met, about once a second, and reads those of the others; a collective itse
 thread reaches a verdict where
 
 - the process of another rank on this machine is gone, or another rank said that it ends with an error;
-- a collective has not ended after ``timeout_s``: the ranks that entered fewest collectives are those it waits for,
-  unless some give no sign of life at all. A rank may compute for as long as nobody waits for it.
+- a collective has used up all but the last seconds of ``timeout_s``: the ranks that entered fewest collectives are
+  those it waits for, unless some give no sign of life at all. A rank may compute for as long as nobody waits for it.
 
 The verdict is raised in the main thread by the collective that fails or that comes next. A main thread that is stuck in
 a collective, or comes to none in two seconds, cannot raise it: then the thread ends the process with that sentence.
@@ -55,6 +55,7 @@ class Collective(dist.Work):
         self.number, self.what, self.since = number, what, time.monotonic()
         self._watch = watch
         self._works: list[dist.Work] = []
+        self.has_left = False  # the host, which on CUDA may be before its end
         self._event: torch.cuda.Event | None = None
 
     def start(self, parts: Sequence[Callable[[], dist.Work]]) -> None:
@@ -80,7 +81,7 @@ class Collective(dist.Work):
         works = self._works
         if works:
             return all(work.is_completed() for work in works)
-        return self._event is None or self._event.query()
+        return self.has_left and (self._event is None or self._event.query())
 
 
 @dataclass
@@ -106,17 +107,19 @@ class Watch:
 
     Args:
         rank, world_size: this rank's place in the launch.
-        timeout_s: seconds in which a collective must end.
+        timeout_s: seconds in which a collective must end; where it does not, this rank has ended by then.
         on_cuda: collectives go on after the host has left them.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 600.0, on_cuda: bool = False) -> None:
-        self.rank, self.timeout_s, self._on_cuda = rank, timeout_s, on_cuda
+        self.rank, self._on_cuda = rank, on_cuda
         self._mine = State(beat=0)
         self._latest_since = time.monotonic()
         self._under_way: dict[int, Collective] = {}  # changed by the main thread alone, oldest first
         self._peers = {peer: State() for peer in range(world_size) if peer != rank}
         self._period = min(1.0, timeout_s / 10)
+        # The thread looks once a period, and the end comes up to GRACE_S after the verdict.
+        self._patience_s = max(timeout_s - GRACE_S - 2 * self._period, timeout_s / 2)
         self._store: dist.Store | None = None
         self._reachable = True
         self._lost: RankLost | None = None
@@ -171,6 +174,7 @@ class Watch:
             call._event.record()
         else:
             self._under_way.pop(call.number, None)
+        call.has_left = True
 
     @contextmanager
     def inside(self, what: str) -> Iterator[None]:
@@ -256,7 +260,7 @@ class Watch:
             if peer.end:
                 return self._verdict(peer.end, [rank], relayed=True)
         for call in self._under_way.copy().values():
-            if (waited := time.monotonic() - call.since) > self.timeout_s and not call.is_completed():
+            if (waited := time.monotonic() - call.since) > self._patience_s and not call.is_completed():
                 return self._overdue(call, waited)
         return None
 

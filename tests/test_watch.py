@@ -97,6 +97,19 @@ def test_the_others_stop_and_name_the_rank_and_the_collective(fault, world_size,
         assert "error: rank 1 did not enter all-gather of model.layers.3" in said
 
 
+def comes_late_to_one_that_blocks(mesh):
+    mesh.barrier()
+    if mesh.rank == FAULTY:
+        time.sleep(100)
+    mesh.all_reduce(torch.zeros(1))
+
+
+def test_a_hang_in_a_collective_that_blocks_is_named_too(tmp_path):
+    status, said = end_of(comes_late_to_one_that_blocks, 2, tmp_path)[0]
+    assert status == 1
+    assert re.match(r"error: rank 1 did not enter all-reduce \(sum\) over the world in \d s", said), said
+
+
 def test_the_rank_that_serves_the_store_may_die(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
