@@ -95,7 +95,8 @@ class ShardedModel(nn.Module):
         precision = Precision(compute_dtype, torch.float32 if trainable else compute_dtype, reduce_dtype, offload)
         grouped = _group_parameters(module, blocks)
         names = {part: name for name, part in module.named_modules()}
-        self._units = [Unit(names[block], own, mesh, precision) for block, own in zip(blocks, grouped, strict=False)]
+        own = zip(blocks, grouped[:-1], strict=True)
+        self._units = [Unit(names[block], parameters, mesh, precision) for block, parameters in own]
         self._root = Unit("", grouped[-1], mesh, precision)
         _replace_parameters(module, {old: new for unit in self._all for old, new in unit.replaced.items()})
         self._grad_forward = False  # the forward that runs, or ran last, builds a graph

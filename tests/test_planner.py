@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import inspect
 import random
 import re
 import subprocess
@@ -24,12 +25,13 @@ from groupwise.engine.mesh import Mesh
 from groupwise.engine.model import Model
 from groupwise.engine.objective import policy_loss
 from groupwise.engine.optim import AdamW
-from groupwise.engine.planner import plan_memory
+from groupwise.engine.planner import EVALUATED_TASKS, PREFILL_TOKENS, plan_memory
 from groupwise.engine.proposal import check_fits, propose
 from groupwise.engine.reference import Reference
 from groupwise.engine.saver import Saver
 from groupwise.engine.shard import ShardedModel
 from groupwise.engine.step import optimise
+from groupwise.recipes import evaluate
 from groupwise.recipes.plan import parse_gpus
 from groupwise.rollout.sampler import Sampler, SamplingParams
 
@@ -266,6 +268,12 @@ def test_the_counter_sees_storage_that_is_resized():
         return buffer.clone()
 
     assert peak_bytes(action)[:2] == (8000, 4000)
+
+
+def test_sizes_of_later_layers_are_theirs():
+    """Imports run one way, so the planner repeats two numbers of what is built on it."""
+    assert inspect.signature(Sampler).parameters["prefill_tokens"].default == PREFILL_TOKENS
+    assert evaluate.CHUNK == EVALUATED_TASKS
 
 
 def test_what_lasts_is_counted_from_the_parameters():

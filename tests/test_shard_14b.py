@@ -7,24 +7,14 @@ import torch.nn.functional as F
 from distributed import CountingMesh, run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from groupwise.engine.config import ModelConfig
+from groupwise.engine.config import load_config
 from groupwise.engine.mesh import Mesh
 from groupwise.engine.model import Model
 from groupwise.engine.optim import AdamW
 from groupwise.engine.reference import Reference
 from groupwise.engine.shard import ShardedModel
 
-QWEN2_5_14B = ModelConfig(
-    vocab_size=152064,
-    hidden_size=5120,
-    intermediate_size=13824,
-    num_hidden_layers=48,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    max_position_embeddings=32768,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-)
+QWEN2_5_14B = load_config("datarus_14b").model
 PARAMETERS = 14_770_033_664  # of Qwen/Qwen2.5-14B
 ROOT = 2 * 152064 * 5120 + 5120  # embedding, head and last norm
 RANKS, TOKENS = 8, 8192
