@@ -78,7 +78,10 @@ def _milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], device: t
 
 
 def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
-    """Memory that ``run`` makes PyTorch hold on ``device`` at its peak beside what it held before, results included."""
+    """Memory that ``run`` makes PyTorch hold on ``device`` at its peak beside what it held before, results included.
+
+    On a CPU the profiler does not see all that threads of gloo free: a count can be too high, and never too low.
+    """
     if device.type != "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             run(*arguments)
