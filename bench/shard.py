@@ -5,8 +5,8 @@
 Shapes are ranks x layers x hidden x tokens of a rank. Both train the same decoder on the same tokens with a fused AdamW
 and clipping, in the same processes, in turns: float32 over gloo on a CPU; bfloat16 with float32 master weights over
 nccl on GPUs, one rank each (``fully_shard`` then runs in a group of one). ``time_ratio`` and ``memory_ratio`` are ours
-over theirs. Memory is PyTorch's: all that one contender allocates from nothing to the end of its second step, at its
-highest, the least of several runs; what gloo or nccl hold themselves is not counted.
+over theirs. Memory is that of PyTorch's tensors, at its highest, from nothing to the end of a contender's second step:
+on a GPU as the allocator counts it, on a CPU between operations; what gloo or nccl hold themselves is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from groupwise.bench import common
 from groupwise.engine import AdamW, Mesh, Model, ShardedModel
@@ -34,9 +38,44 @@ from groupwise.engine.optim import clip_grad_norm
 
 GPU_SHAPES = [(1, 28, 1536, 8192)]
 CPU_SHAPES = [(2, 8, 512, 512), (4, 8, 512, 256)]
-LR, MAX_NORM, CHECKED_STEPS, MEMORY_RUNS = 1e-4, 1.0, 5, 6
+LR, MAX_NORM, CHECKED_STEPS = 1e-4, 1.0, 5
 
 Step = Callable[[Tensor], Tensor]  # token ids [T] -> loss
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under this mode held after any operation.
+
+    On a CPU the profiler's count is no use here: what gloo's threads free it does not see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it runs first, and its operations on local tensors come here
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if type(x) is Tensor:  # subclasses hold no bytes of their own
+                storage = StorageWeakRef(x.untyped_storage())
+                self._live.setdefault(storage.cdata, storage)
+        self._live = {cdata: storage for cdata, storage in self._live.items() if not storage.expired()}
+        # Asked each time: a storage can be resized without an operation.
+        held = map(torch.UntypedStorage._new_with_weak_ptr, self._live)
+        total = sum(storage.nbytes() for storage in held if storage is not None)
+        self.peak = max(self.peak, total)
+        return out
+
+
+def peak_mib(run: Callable[..., Any], form: Any, device: torch.device) -> float:
+    if device.type == "cuda":
+        return common.peak_extra_mib(run, (form,), device)
+    with LiveBytes() as live:
+        run(form)
+    return live.peak / 2**20
 
 
 def make_model(layers: int, hidden: int, mesh: Mesh) -> Model:
@@ -116,11 +155,7 @@ def measure(rank: int, shape: tuple[int, ...], args: Namespace, folder: str) -> 
             for _ in range(2):
                 step(*inputs[0])
 
-        peaks = {
-            name: [common.peak_extra_mib(train, (form,), mesh.device) for _ in range(MEMORY_RUNS)]
-            for name, form in contenders.items()
-        }
-        memory = {name: min(counts) for name, counts in peaks.items()}  # a count can only be too high
+        memory = {name: peak_mib(train, form, mesh.device) for name, form in contenders.items()}
         steps = {name: form(make_model(layers, hidden, mesh), mesh, dtype) for name, form in contenders.items()}
         check(steps, inputs, 1e-5 if dtype == torch.float32 else 2e-2)
         times = common.in_turns(steps, inputs, args.repeats)
