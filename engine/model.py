@@ -30,19 +30,21 @@ class Attention(Protocol):
 
 
 class PackedAttention:
-    """Causal attention inside each segment of a packed stream.
+    """Causal attention inside each segment of a packed stream, and to the prompt that a segment goes on behind.
 
     Args:
         cu_seqlens: [N+1] int32, where each segment begins, and the end of the last.
         max_seqlen: the longest segment, tokens.
+        prefix: [N] int32, the segment of each one's shared prompt, -1 for none; None where none has one.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, prefix: Tensor | None = None) -> None:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
+        self.prefix = prefix
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+        return packed_attention(q, k, v, self.cu_seqlens, self.max_seqlen, self.prefix)
 
 
 class Linear(nn.Linear):

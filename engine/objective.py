@@ -261,5 +261,5 @@ def summarise(stats: Mapping[str, float]) -> dict[str, float]:
 
 
 def _forward(policy: Any, batch: Batch, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
     return policy(batch.input_ids, batch.positions, attention, batch.targets, temperature, entropy)

@@ -188,7 +188,7 @@ class ShardedModel(nn.Module):
 
         For a module that is called as ``Model`` is; the logits are divided by ``temperature``.
         """
-        attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+        attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
         with torch.no_grad():
             logprob, _ = self(
                 batch.input_ids, batch.positions, attention, targets=batch.targets, temperature=temperature

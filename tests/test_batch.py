@@ -38,16 +38,40 @@ def per_token(example: Example) -> list[tuple[float, ...]]:
     return rows
 
 
+@st.composite
+def groups(draw: st.DrawFn) -> list[Example]:
+    """Examples of which some begin alike, in any order; some of the common tokens may bear a loss."""
+    out = []
+    for group in range(-1, draw(st.integers(0, 3))):
+        prompt = draw(st.lists(st.integers(0, 3), min_size=1, max_size=6))
+        for _ in range(draw(st.integers(0, 5))):
+            ids = [*prompt, *draw(st.lists(st.integers(0, 3), max_size=5))]
+            mask = [0.0] * draw(st.integers(1, len(ids)))
+            mask += [draw(st.sampled_from([0.0, 0.5, 1.0])) for _ in ids[len(mask) :]]
+            logprobs = [-float(i % 7) / 8 for i in range(len(ids))] if draw(st.booleans()) else None
+            out.append(Example(ids, mask, draw(st.floats(-3, 3, width=32)), logprobs, group, group < 0))
+    return draw(st.permutations(out))
+
+
 def segments(batch: Batch) -> dict[int, list[tuple[float, ...]]]:
-    """The rows of each segment of a batch by the index of its example."""
+    """The rows of each example of a batch by its index: those of the prompt it goes on behind, then its own."""
     found = {}
     columns = (batch.input_ids, batch.positions, batch.targets, batch.weight)
     columns += (batch.advantage, batch.rollout_logprob, batch.expert)
     bounds = batch.cu_seqlens.tolist()
-    for start, stop in itertools.pairwise(bounds):
-        ids = set(batch.sequence_ids[start:stop].tolist())
-        assert len(ids) == 1
-        found[ids.pop()] = list(zip(*(column[start:stop].tolist() for column in columns), strict=True))
+    rows = [list(zip(*(column[start:stop].tolist() for column in columns), strict=True))
+            for start, stop in itertools.pairwise(bounds)]  # fmt: skip
+    homes = [-1] * len(rows) if batch.prefix is None else batch.prefix.tolist()
+    assert batch.prefix is None or max(homes) >= 0
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        (index,) = set(batch.sequence_ids[start:stop].tolist())
+        if index < 0:  # a shared prompt: no loss, and its examples follow at once
+            assert {row[2:] for row in rows[number]} == {(IGNORE, 0.0, 0.0, 0.0, False)}
+            assert homes[number : number + 3] == [-1, number, number]
+        else:
+            home = homes[number]
+            assert home == -1 or (batch.sequence_ids[bounds[home]] == -1 and homes[number - 1] in (-1, home))
+            found[index] = [*(rows[home] if home >= 0 else []), *rows[number]]
     assert bounds[0] == 0
     assert bounds[-1] == batch.num_tokens
     assert batch.max_seqlen == max(np.diff(bounds))
@@ -61,8 +85,39 @@ def test_nothing_is_lost_and_nothing_crosses_a_segment(given_examples: list[Exam
     for batch in pack(given_examples, budget):
         assert batch.num_tokens <= budget
         assert not batch.is_empty
+        assert batch.prefix is None
         found |= segments(batch)
     assert found == {index: per_token(example) for index, example in enumerate(given_examples)}
+
+
+@settings(max_examples=150, deadline=None)
+@given(groups(), st.integers(11, 50))
+def test_a_shared_prompt_is_laid_once_and_nothing_is_lost(given_examples: list[Example], budget: int) -> None:
+    batches = pack(given_examples, budget)
+    found: dict[int, list[tuple[float, ...]]] = {}
+    for batch in batches:
+        assert batch.num_tokens <= budget
+        found |= segments(batch)
+    assert found.keys() == set(range(len(given_examples)))
+    for index, example in enumerate(given_examples):
+        # A prompt predicts nothing: what it would predict has no loss.
+        for (*inputs, target, weight, advantage, logprob, expert), row in zip(
+            found[index], per_token(example), strict=True
+        ):
+            assert tuple(inputs) == row[:2]
+            assert (target, weight, advantage, logprob, expert) == row[2:] or (target == IGNORE and row[3] == 0)
+    assert sum(batch.num_tokens for batch in batches) <= sum(map(len, given_examples))
+
+
+def test_a_group_pays_for_its_prompt_once_a_batch() -> None:
+    prompt = list(range(1, 11))
+    group = [Example([*prompt, 20 + i, 30, 40], [0.0] * 10 + [1.0] * 3, group=0) for i in range(4)]
+    # The prompt's last token predicts the first of each example, so it stays with them.
+    assert [b.num_tokens for b in pack(group, 100)] == [9 + 4 * 4]
+    assert [b.num_tokens for b in pack(group, 17)] == [9 + 2 * 4, 9 + 2 * 4]
+    assert [b.num_tokens for b in pack(group, 13)] == [13] * 4
+    alone = [Example(e.token_ids, e.loss_mask) for e in group]
+    assert [b.num_tokens for b in pack(alone, 100)] == [4 * 13]
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,12 +159,10 @@ def test_empty_batch_takes_part_without_loss() -> None:
     batch = empty_batch()
     assert batch.is_empty
     assert batch.num_tokens == 1
-    assert batch.num_sequences == 0
     assert batch.targets.tolist() == [IGNORE]
     assert batch.weight.sum() == 0
     one = pack([Example([3], [0.0])], 4)[0]
     assert not one.is_empty
-    assert one.num_sequences == 1
 
 
 def test_lone_token_and_empty_list() -> None:

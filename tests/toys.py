@@ -95,7 +95,7 @@ def small_batches(seed, tokens=40) -> list[Batch]:
 def small_loss(policy, batch):
     from groupwise.engine.model import PackedAttention
 
-    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
     logprob, entropy = policy(batch.input_ids, batch.positions, attention, targets=batch.targets, entropy=True)
     stats = {"tokens": (batch.weight != 0).sum(), "entropy_max": entropy.max(), "logprob_min": logprob.min()}
     return -(batch.weight * logprob).sum() / 60, stats
