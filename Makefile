@@ -31,11 +31,12 @@ types: .venv/.test
 	@mkdir -p .venv/src && ln -sfn ../.. .venv/src/groupwise
 	$(BIN)/mypy .venv/src/groupwise
 
+# OUT=FOLDER keeps the records there, and a picture of them.
+BENCHES := compile logprob row_identity clamped_delta small_kernels attention train shard
 bench: .venv/.test
-	$(BIN)/python -m groupwise.bench.logprob
-	$(BIN)/python -m groupwise.bench.clamped_delta
-	$(BIN)/python -m groupwise.bench.small_kernels
-	$(BIN)/python -m groupwise.bench.shard
+	@for name in $(BENCHES); do echo "== $$name" && \
+		$(BIN)/python -m groupwise.bench.$$name $(if $(OUT),--out $(OUT)/$$name.json) || exit 1; done
+	$(if $(OUT),$(BIN)/python -m groupwise.bench.roofline $(OUT)/*.json --out $(OUT)/roofline.png)
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
