@@ -35,7 +35,7 @@ BLOCK = NUM_WARPS * 128
 WIDTH = 16  # of a row, the next power of two above its columns
 CONSTANTS = {
     "WARPS": NUM_WARPS, "BLOCK": BLOCK, "ROWS": 256, "WIDTH": WIDTH,
-    "NUM_SUMS": len(SUMS), "NUM_MAXIMA": len(MAXIMA), "NUM_COLUMNS": len(COLUMNS),
+    "NUM_SUMS": len(SUMS), "NUM_MAXIMA": len(MAXIMA),
 }  # fmt: skip
 NUM_COUNTERS = 1024  # made at a time
 
@@ -86,7 +86,7 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
     gradient, partial, loss, statistics, counter,
     num_tokens, low_bound, high_bound, dual_bound, beta, delta_max,
     HAS_REF: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_MAXIMA: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_MAXIMA: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens -> their gradient [T] and the block's partial results; the last block joins those of all."""
     row = tl.program_id(0) * WARPS + tl.arange(0, WARPS)
@@ -145,16 +145,16 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
     if arrived == tl.num_programs(0) - 1:
         # Which block is the last differs between runs, and what it does does not: it reads the rows of all blocks, its
         # own too, and joins them by their numbers in a tree that the constants fix, never in the order of arrival.
-        _join(partial, loss, statistics, tl.num_programs(0) * WARPS, ROWS, WIDTH, NUM_SUMS, NUM_MAXIMA, NUM_COLUMNS)
+        _join(partial, loss, statistics, tl.num_programs(0) * WARPS, ROWS, WIDTH, NUM_SUMS, NUM_MAXIMA)
         tl.store(counter, 0)
 
 
 @jit
 def _join(  # type: ignore[no-untyped-def]
-    partial, loss, statistics, num_rows, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    NUM_SUMS: tl.constexpr, NUM_MAXIMA: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    partial, loss, statistics, num_rows,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_MAXIMA: tl.constexpr,
 ):  # fmt: skip
-    """The partial results of all blocks -> the loss and the statistics [NUM_COLUMNS], the loss again among them."""
+    """The partial results of all blocks -> the loss and the statistics [WIDTH], the loss again among them."""
     column = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], dtype=tl.float32)
     largest = tl.zeros([WIDTH], dtype=tl.float32)
@@ -167,7 +167,7 @@ def _join(  # type: ignore[no-untyped-def]
         largest = tl.maximum(largest, tl.max(values, axis=0))
         smallest = tl.minimum(smallest, tl.min(tl.where(inside, values, float("inf")), axis=0))
     joined = tl.where(column < NUM_SUMS, total, tl.where(column < NUM_SUMS + NUM_MAXIMA, largest, smallest))
-    tl.store(statistics + column, joined, mask=column < NUM_COLUMNS)
+    tl.store(statistics + column, joined)
     tl.store(loss + column, joined, mask=column == 0)
 
 
@@ -214,7 +214,7 @@ class ClampedDeltaLoss(torch.autograd.Function):
         num_blocks = max(1, triton.cdiv(num_tokens, BLOCK))
         gradient, partial, loss, statistics = (
             torch.empty(shape, dtype=torch.float32, device=logprob.device)
-            for shape in (num_tokens, num_blocks * NUM_WARPS * WIDTH, (), len(COLUMNS))
+            for shape in (num_tokens, num_blocks * NUM_WARPS * WIDTH, (), WIDTH)
         )
         _loss_kernel[(num_blocks,)](
             logprob, old_logprob, advantage, weight, logprob if ref_logprob is None else ref_logprob,
@@ -291,7 +291,7 @@ def clamped_delta_loss(
         inputs = [x if x is None else x.contiguous() for x in (*tensors.values(), *optional.values())]
         bounds = (clip_low, clip_high, math.inf if dual_clip is None else dual_clip, beta, delta_max)
         loss, statistics = ClampedDeltaLoss.apply(*inputs, *map(float, bounds))
-        stats = dict(zip(COLUMNS, statistics.unbind(), strict=True))
+        stats = dict(zip(COLUMNS, statistics.unbind(), strict=False))
         del stats["loss"]
         return loss, stats
     return eager.clamped_delta_loss(
