@@ -136,6 +136,9 @@ def _leave_out(
         f"step left out: loss {update.loss}, gradient norm {update.grad_norm}, "
         f"{in_row} in a row; not finite: {', '.join(names[:5]) or 'no gradient'}{' …' if len(names) > 5 else ''}"
     )
+    if tokens := update.stats.get("nonfinite"):
+        message += f"; {tokens:.0f} tokens gave the loss a value that is not finite, the first at index "
+        message += f"{update.stats['nonfinite_min']:.0f} of its micro-batch"
     if mesh.rank == 0:
         logger.warning(message)
     if in_row < max_bad_steps:
