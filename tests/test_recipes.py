@@ -27,6 +27,7 @@ from groupwise.recipes.policy import load_policy
 from groupwise.recipes.rollouts import open_sandbox
 from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training, places
+from groupwise.rollout.sandbox import Limits
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Span, Trajectory
 
@@ -318,5 +319,4 @@ def test_scores_are_means_over_runs_and_unions_over_tasks() -> None:
 def test_a_process_may_compute_as_long_as_its_execution_may_last() -> None:
     config = load_config(None, ["sandbox.wall_s=45.5"])
     with open_sandbox(SimpleNamespace(config=config)) as sandbox:
-        printed = sandbox.run("import resource; print(resource.getrlimit(resource.RLIMIT_CPU)[0])").output
-    assert printed == "46\n"
+        assert sandbox.limits == Limits(wall_s=45.5, cpu_s=45.5)
