@@ -30,13 +30,11 @@ COLUMNS = (*SUMS, *MAXIMA, *MINIMA)
 # between. A warp's 128 tokens are one load of 16 bytes for each lane and input, all on their way at once, and its sums
 # need no shared memory. Blocks of four warps are 64, each on one of the 132 SMs for itself, and leave 256 rows of
 # partial results: ROWS, which the last block reads at once.
-NUM_WARPS = 4
-BLOCK = NUM_WARPS * 128
+TOKENS = 128
 WIDTH = 16  # of a row, the next power of two above its columns
-CONSTANTS = {
-    "WARPS": NUM_WARPS, "BLOCK": BLOCK, "ROWS": 256, "WIDTH": WIDTH,
-    "NUM_SUMS": len(SUMS), "NUM_MAXIMA": len(MAXIMA),
-}  # fmt: skip
+CONSTANTS = {"TOKENS": TOKENS, "ROWS": 256, "WIDTH": WIDTH, "NUM_SUMS": len(SUMS), "NUM_MAXIMA": len(MAXIMA)}
+# AMD's barrier does not wait until the stores of other warps have arrived, and the count releases its own warp's only.
+NUM_WARPS = {"cuda": 4, "hip": 1}
 NUM_COUNTERS = 1024  # made at a time
 
 
@@ -85,12 +83,12 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
     logprob, old_logprob, advantage, weight, ref_logprob, importance_weight,
     gradient, partial, loss, statistics, counter,
     num_tokens, low_bound, high_bound, dual_bound, beta, delta_max,
-    HAS_REF: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_REF: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, WARPS: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, NUM_SUMS: tl.constexpr, NUM_MAXIMA: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens -> their gradient [T] and the block's partial results; the last block joins those of all."""
     row = tl.program_id(0) * WARPS + tl.arange(0, WARPS)
-    at = row[:, None] * (BLOCK // WARPS) + tl.arange(0, BLOCK // WARPS)[None, :]
+    at = row[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     inside = at < num_tokens
     share = _load(weight, at, inside)
     new = _load(logprob, at, inside)
@@ -119,7 +117,7 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
         gain *= tl.where(live, importance, 0.0)
     value = -bounded * gain
     slope = tl.where(far | low | high | dual, 0.0, -ratio * gain)
-    kl = tl.zeros([WARPS, BLOCK // WARPS], dtype=tl.float32)
+    kl = tl.zeros([WARPS, TOKENS], dtype=tl.float32)
     if HAS_REF:
         kl, rise = _k3(tl.where(live, reference - new, 0.0), delta_max)
         value += beta * kl
@@ -191,10 +189,6 @@ def _counter_of(device: torch.device, stream: int) -> Tensor:
 
 @cache
 def _unused(device: torch.device) -> Iterator[Tensor]:
-    return _zeros(device)
-
-
-def _zeros(device: torch.device) -> Iterator[Tensor]:
     while True:
         # 16 bytes each, since for another alignment the kernel would be compiled again. The copy has ended when it
         # returns, so a launch on any stream finds zeros; inside a capture CUDA refuses it: call once before.
@@ -211,18 +205,19 @@ class ClampedDeltaLoss(torch.autograd.Function):
         delta_max: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         num_tokens = logprob.shape[0]
-        num_blocks = max(1, triton.cdiv(num_tokens, BLOCK))
+        num_warps = NUM_WARPS["cuda" if torch.version.hip is None else "hip"]
+        num_blocks = max(1, triton.cdiv(num_tokens, num_warps * TOKENS))
         gradient, partial, loss, statistics = (
             torch.empty(shape, dtype=torch.float32, device=logprob.device)
-            for shape in (num_tokens, num_blocks * NUM_WARPS * WIDTH, (), WIDTH)
+            for shape in (num_tokens, num_blocks * num_warps * WIDTH, (), WIDTH)
         )
         _loss_kernel[(num_blocks,)](
             logprob, old_logprob, advantage, weight, logprob if ref_logprob is None else ref_logprob,
             logprob if importance_weight is None else importance_weight,
             gradient, partial, loss, statistics, _counter(logprob.device),
             num_tokens, 1.0 - clip_low, 1.0 + clip_high, dual_clip, beta, delta_max,
-            HAS_REF=ref_logprob is not None, HAS_IMPORTANCE=importance_weight is not None, **CONSTANTS,
-            num_warps=NUM_WARPS,
+            HAS_REF=ref_logprob is not None, HAS_IMPORTANCE=importance_weight is not None, WARPS=num_warps,
+            **CONSTANTS, num_warps=num_warps,
         )  # fmt: skip
         ctx.save_for_backward(gradient)
         ctx.dtype = logprob.dtype

@@ -126,14 +126,13 @@ def test_eager_against_the_loop(T: int, setting: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_triton_against_the_loop(setting: dict[str, Any]) -> None:
-    for T in (0, 1, clamped_delta.BLOCK, 2500):
+    for T in (0, 1, 512, 2500):
         interpreted(check_against_the_loop, T, setting, True)
 
 
 def check_many_blocks() -> None:
     """More rows of partial results than the last block joins at once, and then fewer: the count is 0 in between."""
-    rows = clamped_delta.CONSTANTS["ROWS"] + 3
-    for T in (rows * clamped_delta.BLOCK // clamped_delta.NUM_WARPS + 5, 300):
+    for T in ((clamped_delta.CONSTANTS["ROWS"] + 3) * clamped_delta.TOKENS + 5, 300):
         check_against_the_loop(T, SETTINGS[1], True)
         assert clamped_delta._counter(torch.device("cpu")).eq(0).all()
 

@@ -104,9 +104,10 @@ def test_small_kernels(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("given", [False, True])
 def test_clamped_delta(given: bool, architecture: str, tmp_path: Path) -> None:
-    constants = clamped_delta.CONSTANTS | {"HAS_REF": given, "HAS_IMPORTANCE": given}
-    kernel, num_warps = clamped_delta._loss_kernel, clamped_delta.NUM_WARPS
-    check_no_spill(compiled(kernel, "fp32", constants, architecture, num_warps=num_warps), architecture, tmp_path)
+    num_warps = clamped_delta.NUM_WARPS[TARGETS[architecture].backend]
+    constants = clamped_delta.CONSTANTS | {"HAS_REF": given, "HAS_IMPORTANCE": given, "WARPS": num_warps}
+    binary = compiled(clamped_delta._loss_kernel, "fp32", constants, architecture, num_warps=num_warps)
+    check_no_spill(binary, architecture, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
