@@ -137,8 +137,8 @@ def _leave_out(
         f"{in_row} in a row; not finite: {', '.join(names[:5]) or 'no gradient'}{' …' if len(names) > 5 else ''}"
     )
     if tokens := update.stats.get("nonfinite"):
-        message += f"; {tokens:.0f} tokens gave the loss a value that is not finite, the first at index "
-        message += f"{update.stats['nonfinite_min']:.0f} of its micro-batch"
+        first = update.stats["nonfinite_min"]
+        message += f"; tokens with a non-finite input: {tokens:.0f}, the first at index {first:.0f} of its micro-batch"
     if mesh.rank == 0:
         logger.warning(message)
     if in_row < max_bad_steps:
