@@ -35,7 +35,7 @@ WIDTH = 16  # of a row, the next power of two above its columns
 CONSTANTS = {"TOKENS": TOKENS, "ROWS": 256, "WIDTH": WIDTH, "NUM_SUMS": len(SUMS), "NUM_MAXIMA": len(MAXIMA)}
 # AMD's barrier does not wait until the stores of other warps have arrived, and the count releases its own warp's only.
 NUM_WARPS = {"cuda": 4, "hip": 1}
-NUM_COUNTERS = 1024  # made at a time
+NUM_COUNTERS = 4096  # made at a time
 
 
 @jit
@@ -55,7 +55,7 @@ def _sum(values):  # type: ignore[no-untyped-def]
 
 @jit
 def _count(tokens):  # type: ignore[no-untyped-def]
-    return _sum(tokens.to(tl.int32)).to(tl.float32)
+    return _sum(tokens.to(tl.float32))  # integer sums of booleans LLVM packs, for sm_90 through the stack
 
 
 @jit
