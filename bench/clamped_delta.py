@@ -4,12 +4,17 @@
 
 ``share_of_limit`` is the time of one copy that moves as many bytes as the loss reads and writes (24 a token with a
 reference), timed in the same run, over ours; ``speedup`` is the time of the formula written in PyTorch, without
-statistics, over ours.
+statistics, over ours, and ``speedup_compiled`` that of the same under torch.compile.
+
+``launch_us``, on a GPU, is the time of our launch (value, gradient and statistics) in a CUDA graph, where the host's
+part of a launch does not count: one replay over the launches in it. ``compiled_us`` is that of the compiled formula and
+its gradient.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ GPU_SHAPES = [(8192,), (32768,), (1 << 20,)]
 CPU_SHAPES = [(4096,), (32768,), (1 << 18,)]
 BETA = 0.04
 BYTES_A_TOKEN = 24  # five inputs and one gradient, float32
+LAUNCHES = 100  # in a CUDA graph
 
 
 def plain(
@@ -40,6 +46,32 @@ def value_and_gradient(form: Any) -> Any:
         return loss.detach(), torch.autograd.grad(loss, logprob)[0], stats
 
     return run
+
+
+def compiled(inputs: tuple[Tensor, ...]) -> Any:
+    """The plain formula under torch.compile, for inputs of one shape; None where this machine cannot compile."""
+    form = torch.compile(plain, dynamic=False)
+    try:
+        value_and_gradient(form)(*inputs)
+    except RuntimeError as error:
+        print(f"torch.compile is left out: {str(error).splitlines()[0]}")
+        return None
+    return form
+
+
+def launch(logprob: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, reference: Tensor, _: Tensor) -> None:
+    clamped_delta_loss(logprob, old, advantage, weight, ref_logprob=reference, beta=BETA)
+
+
+def in_graph(run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> Callable[..., None]:
+    """LAUNCHES runs in one CUDA graph, over inputs that rotate: what replays it."""
+    run(*inputs[0])  # so that nothing is compiled while it is captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(LAUNCHES):
+            run(*inputs[i % len(inputs)])
+    return lambda *_: graph.replay()
 
 
 def copy(*inputs: Tensor) -> Tensor:
@@ -65,7 +97,7 @@ def check(inputs: tuple[Tensor, ...]) -> None:
         if not torch.equal(got, repeated):
             sys.exit(f"clamped_delta: the {name} of two runs differs")
     for name, value in first[2].items():
-        if not common.error(value, exact[2][name]) <= 1e-4:
+        if value.item() != exact[2][name].item() and not common.error(value, exact[2][name]) <= 1e-4:
             sys.exit(f"clamped_delta: {name} is {value.item()}; expected {exact[2][name].item()}")
 
 
@@ -77,14 +109,23 @@ def measure(shape: tuple[int, ...], args: Any) -> common.Row:
         "plain": value_and_gradient(plain),
         "copy": copy,
     }
+    if (form := compiled(inputs[0])) is not None:
+        contenders["compiled"] = value_and_gradient(form)
+    if args.device == "cuda":
+        captured = {"launch": launch} | {name: run for name, run in contenders.items() if name == "compiled"}
+        contenders |= {f"{name} in a graph": in_graph(run, inputs) for name, run in captured.items()}
     times = common.in_turns(contenders, inputs, args.repeats)
+    in_graphs = {name: times.get(f"{name} in a graph") for name in ("launch", "compiled")}
     return {
         "T": shape[0],
         "ours_ms": times["ours"],
         "plain_ms": times["plain"],
+        "compiled_ms": times.get("compiled"),
         "copy_ms": times["copy"],
         "share_of_limit": times["copy"] / times["ours"],
         "speedup": times["plain"] / times["ours"],
+        "speedup_compiled": times["compiled"] / times["ours"] if form else None,
+        **{f"{name}_us": time and time * 1e3 / LAUNCHES for name, time in in_graphs.items()},
     }
 
 

@@ -149,7 +149,6 @@ class OptimizerConfig:
 
     beta1: float = setting(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
     beta2: float = setting(0.95, "decay of the second moment", minimum=0, maximum=0.99999)
-    eps: float = setting(1e-8, "added to the root of the second moment", minimum=0)
     weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
@@ -223,12 +222,9 @@ class RolloutConfig:
 class SandboxConfig:
     """Limits of one execution of model code."""
 
-    wall_s: float = setting(20.0, "wall seconds", minimum=0.01)
-    cpu_s: int = setting(20, "CPU seconds", minimum=1)
+    wall_s: float = setting(20.0, "wall seconds, and CPU seconds of a process", minimum=0.01)
     memory_gib: float = setting(1.0, "address space", minimum=0.01)
     processes: int = setting(16, "processes of one execution", minimum=1)
-    file_mib: int = setting(64, "size of a written file", minimum=1)
-    output_bytes: int = setting(65536, "captured output", minimum=1)
     workers: int = setting(2, "executions at once on a rank", minimum=1, changeable=True)
     isolation: Literal["auto", "none"] = setting(
         "auto", "auto: what the kernel enforces, refuse where it enforces nothing; none: run all the same"
@@ -272,10 +268,26 @@ class GRPOConfig:
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = setting("dapo", "how token losses are averaged")
     epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
     epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)
+    dual_clip: float = setting(
+        0.0, "bound of the ratio of tokens of negative advantage, above 1 + grpo.epsilon_high; 0: none", minimum=0
+    )
     beta: float = setting(0.0, "weight of the k3 KL to the reference policy", minimum=0)
     delta_max: float = setting(4.0, "bound of log-probability differences", minimum=0)
+    importance_correction: Literal["none", "truncated", "mask"] = setting(
+        "none",
+        "weight of a token by trainer's over sampler's probability; truncated: at most grpo.importance_cap; mask: 0 "
+        "beyond it",
+    )
+    importance_cap: float = setting(2.0, "bound of that weight", minimum=1)
     scale_rewards: bool = setting(True, "divide advantages by the group's deviation")
     mask_void: bool = setting(True, "no policy-gradient loss on trajectories with a void turn or no answer")
+
+    def __post_init__(self) -> None:
+        if self.dual_clip and self.dual_clip <= 1 + self.epsilon_high:
+            raise UserError(
+                f"grpo.dual_clip is {self.dual_clip:g}, expected 0 or more than 1 + grpo.epsilon_high, "
+                f"{1 + self.epsilon_high:g}; raise it"
+            )
 
 
 @dataclass(frozen=True)

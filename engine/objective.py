@@ -28,6 +28,7 @@ from .errors import UserError
 from .model import PackedAttention
 
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
+IMPORTANCE_CORRECTIONS = ("none", "truncated", "mask")
 EPSILON = 1e-6  # keeps an advantage finite where a group hardly varies
 
 Stats = dict[str, Tensor]
@@ -164,21 +165,27 @@ def policy_loss(
     temperature: float = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    dual_clip: float | None = None,
     beta: float = 0.0,
     delta_max: float = 4.0,
+    importance_correction: str = "none",
+    importance_cap: float = 2.0,
     gamma: float = 0.0,
     entropy: bool = True,
 ) -> tuple[Tensor, Stats]:
     """``gamma * SFT + (1 - gamma) * RL``: expert tokens by their likelihood, the others by the clamped policy gradient.
 
     RL is ``kernels.clamped_delta_loss``: with d = clamp(logp - logp_old, -delta_max, delta_max) and r = exp(d), a token
-    costs ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3``. Where ``batch.old_logprob`` is None this is
-    the first update on these samples, and the old log-probabilities are the policy's own.
+    costs ``-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3``, w its importance weight. Where
+    ``batch.old_logprob`` is None this is the first update on these samples, and the old log-probabilities are the
+    policy's own. A token with a non-finite input makes the loss NaN, without a gradient from this batch.
     Source: DAPO, arXiv 2503.14476, eq. 10, for the two clips; DataMind, arXiv 2509.25084, for the mix.
 
     Args:
         policy: called as ``engine.model.Model``, sharded or not.
         temperature: of the rollout.
+        dual_clip: bound of the ratio of tokens of negative advantage; None: no bound.
+        importance_correction: as ``importance_weights``, which has ``importance_cap`` for its ``cap``.
         gamma: share of the SFT term; 0 where the batch has no expert tokens to learn from.
         entropy: whether the policy's entropy is measured on the way.
     """
@@ -191,14 +198,17 @@ def policy_loss(
         batch.advantage,
         weight,
         ref_logprob=batch.ref_logprob,
+        importance_weight=importance_weights(old, batch.rollout_logprob, importance_correction, importance_cap),
         clip_low=clip_low,
         clip_high=clip_high,
+        dual_clip=dual_clip,
         beta=beta,
         delta_max=delta_max,
     )
     expert_weight = batch.weight.masked_fill(~batch.expert, 0.0)
     imitate = -(logprob * expert_weight).sum()
     loss = gamma * imitate + (1.0 - gamma) * reinforce
+    loss = loss.masked_fill(stats["nonfinite"] > 0, math.nan)
     stats = {**stats, **mismatch(old, batch.rollout_logprob, weight)}
     stats |= {"sft_loss": imitate.detach(), "policy_loss": reinforce.detach()}
     stats["sft_tokens"] = (expert_weight != 0).sum().float()
@@ -206,6 +216,26 @@ def policy_loss(
     if entropies is not None:
         stats["entropy_sum"] = entropies.detach().masked_fill(weight == 0, 0.0).sum()
     return loss, stats
+
+
+@torch.no_grad()
+def importance_weights(old_logprob: Tensor, rollout_logprob: Tensor, correction: str, cap: float) -> Tensor | None:
+    """What the policy terms of tokens are multiplied by, since the sampler and not the trainer drew them; None: 1.
+
+    With r = exp(old_logprob - rollout_logprob), truncated: min(r, cap); mask: r up to ``cap``, and 0 beyond.
+    Source: truncated importance sampling, as in ``token_truncate`` and ``token_mask`` of TRL's GRPOTrainer.
+
+    Raises:
+        UserError: ``correction`` is none of IMPORTANCE_CORRECTIONS.
+    """
+    if correction not in IMPORTANCE_CORRECTIONS:
+        raise UserError(
+            f"importance_correction {correction!r} is unknown; use one of {', '.join(IMPORTANCE_CORRECTIONS)}"
+        )
+    if correction == "none":
+        return None
+    ratio = (old_logprob - rollout_logprob).exp()
+    return ratio.clamp(max=cap) if correction == "truncated" else ratio.masked_fill(ratio > cap, 0.0)
 
 
 @torch.no_grad()
@@ -237,6 +267,7 @@ def summarise(stats: Mapping[str, float]) -> dict[str, float]:
         means = {
             "clip_low": "clip_ratio/low_mean",
             "clip_high": "clip_ratio/high_mean",
+            "dual_clip": "clip_ratio/dual_mean",
             "clamped": "clip_ratio/clamped_mean",
             "entropy_sum": "entropy",
             "ratio_sum": "ratio/mean",

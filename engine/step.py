@@ -136,6 +136,9 @@ def _leave_out(
         f"step left out: loss {update.loss}, gradient norm {update.grad_norm}, "
         f"{in_row} in a row; not finite: {', '.join(names[:5]) or 'no gradient'}{' …' if len(names) > 5 else ''}"
     )
+    if tokens := update.stats.get("nonfinite"):
+        first = update.stats["nonfinite_min"]
+        message += f"; tokens with a non-finite input: {tokens:.0f}, the first at index {first:.0f} of its micro-batch"
     if mesh.rank == 0:
         logger.warning(message)
     if in_row < max_bad_steps:

@@ -135,48 +135,59 @@ def clamped_delta_loss(
     weight: Tensor,
     *,
     ref_logprob: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    dual_clip: float | None = None,
     beta: float = 0.0,
     delta_max: float = 4.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of weight x clipped policy loss; arguments and results as ``kernels.clamped_delta_loss``."""
-    counted = weight != 0
     dtype = torch.promote_types(logprob.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=logprob.device)
-    # A token without weight may hold anything, NaN too: it is replaced before it is used.
-    delta = torch.where(counted, logprob.to(dtype) - old_logprob, zero)
-    advantage = torch.where(counted, advantage.to(dtype), zero)
-    ratio = _clamp(delta, delta_max).exp()
-    low = counted & (advantage < 0) & (ratio < 1.0 - clip_low)
-    high = counted & (advantage > 0) & (ratio > 1.0 + clip_high)
+    finite = torch.isfinite(weight)
+    for tensor in (logprob, old_logprob, advantage, ref_logprob, importance_weight):
+        if tensor is not None:
+            finite = finite & torch.isfinite(tensor)
+    broken = ((weight != 0) & ~finite).nonzero()
+    live = (weight != 0) & finite
+    # What a token without weight, or with an input that is not finite, holds is replaced before it is used.
+    weight = torch.where(live, weight, zero.to(weight.dtype))
+    delta = torch.where(live, logprob.to(dtype) - old_logprob, zero)
+    advantage = torch.where(live, advantage.to(dtype), zero)
+    ratio = delta.clamp(-delta_max, delta_max).exp()
+    dual_bound = torch.inf if dual_clip is None else dual_clip
+    low = (advantage < 0) & (ratio < 1.0 - clip_low)
+    high = (advantage > 0) & (ratio > 1.0 + clip_high)
+    dual = (advantage < 0) & (ratio > dual_bound)
     bounded = torch.where(low, 1.0 - clip_low, torch.where(high, 1.0 + clip_high, ratio))
+    bounded = torch.where(dual, dual_bound, bounded)
     token_loss = -bounded * advantage
+    if importance_weight is not None:
+        token_loss = token_loss * torch.where(live, importance_weight.to(dtype), zero)
     kl = zero
     if ref_logprob is not None:
-        gap = _clamp(torch.where(counted, ref_logprob - logprob.to(dtype), zero), delta_max)
+        gap = torch.where(live, ref_logprob - logprob.to(dtype), zero).clamp(-delta_max, delta_max)
         kl = gap.expm1() - gap
         if beta != 0.0:
             token_loss = token_loss + beta * kl
     loss = (token_loss * weight).sum()
     with torch.no_grad():
-        seen = ratio[counted] if counted.any() else None
+        seen = ratio[live] if live.any() else None
         stats = {
             "clip_low": low.sum(),
             "clip_high": high.sum(),
+            "dual_clip": dual.sum(),
             "clamped": (delta.abs() > delta_max).sum(),
             "kl_sum": kl.sum(),
-            "tokens": counted.sum(),
+            "tokens": live.sum(),
             "ratio_max": zero if seen is None else seen.amax(),
             "ratio_min": zero + torch.inf if seen is None else seen.amin(),
             "ratio_sum": zero if seen is None else seen.sum(),
+            "nonfinite": zero + len(broken),
+            "nonfinite_min": broken[0, 0] if len(broken) else zero + torch.inf,
         }
     return loss, {name: value.float() for name, value in stats.items()}
-
-
-def _clamp(x: Tensor, bound: float) -> Tensor:
-    """torch.clamp, but a NaN keeps its gradient too, so that it cannot pass for a clamped token."""
-    return torch.where(x > bound, bound, torch.where(x < -bound, -bound, x))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [...,H], [H] -> [...,H]

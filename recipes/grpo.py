@@ -50,8 +50,11 @@ def grpo(run: Run) -> Path:
         temperature=run.config.rollout.temperature,
         clip_low=settings.epsilon,
         clip_high=settings.epsilon_high,
+        dual_clip=settings.dual_clip or None,
         beta=settings.beta,
         delta_max=settings.delta_max,
+        importance_correction=settings.importance_correction,
+        importance_cap=settings.importance_cap,
     )
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)

@@ -77,11 +77,9 @@ def open_sandbox(run: Run) -> Sandbox:
     settings = run.config.sandbox
     limits = Limits(
         wall_s=settings.wall_s,
-        cpu_s=settings.cpu_s,
+        cpu_s=settings.wall_s,
         memory_gib=settings.memory_gib,
         processes=settings.processes,
-        file_mib=settings.file_mib,
-        output_bytes=settings.output_bytes,
         isolation=settings.isolation,
     )
     return Sandbox(limits, workers=settings.workers)

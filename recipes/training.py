@@ -39,7 +39,6 @@ class Training:
             policy.model.shards,
             lr=lr(0),
             betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
             weight_decay=settings.weight_decay,
             moments_dtype=getattr(torch, settings.moments_dtype),
         )

@@ -8,14 +8,17 @@ import torch
 from interpreter import interpreted
 from torch import Tensor
 
-from groupwise.kernels import clamped_delta_loss, eager, implementation
-from groupwise.kernels.clamped_delta import ClampedDeltaLoss
+from groupwise.kernels import clamped_delta, clamped_delta_loss, eager, implementation
 
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"beta": 0.04, "ref": True},
     {"beta": 0.0, "ref": True, "clip_low": 0.1, "clip_high": 0.4, "delta_max": 1.0},
+    {"dual_clip": 3.0, "importance": True},
+    {"beta": 0.3, "ref": True, "importance": True, "dual_clip": 1.5, "delta_max": 2.0},
 ]
+NAMES = ("logprob", "old_logprob", "advantage", "weight", "ref_logprob", "importance_weight")
+OPTIONAL = {"ref_logprob": "ref", "importance_weight": "importance"}
 Inputs = dict[str, Tensor]
 
 
@@ -31,33 +34,52 @@ def make_inputs(T: int, dtype: torch.dtype = torch.float32) -> Inputs:
     new = old + normal() * 0.3 + torch.where(far, normal() * 4, 0.0)
     reference = torch.where(far, new + normal() * 4, new + normal() * 1e-3)
     weight = torch.rand(T, generator=generator) * (torch.rand(T, generator=generator) < 0.8)
-    tensors = {"logprob": new, "old_logprob": old, "advantage": normal(), "ref_logprob": reference}
-    return {name: x.masked_fill(weight == 0, float("nan")).to(dtype) for name, x in tensors.items()} | {
-        "weight": weight.to(dtype)
+    importance = (2 * torch.rand(T, generator=generator) - 0.2).clamp(min=0.0)
+    tensors = (new, old, normal(), weight, reference, importance)
+    return {
+        name: (x if name == "weight" else x.masked_fill(weight == 0, math.nan)).to(dtype)
+        for name, x in zip(NAMES, tensors, strict=True)
     }
 
 
+def spoil(inputs: Inputs) -> Inputs:
+    """The same with a NaN or an infinity in one input of every 29th token."""
+    spoilt = {name: x.clone() for name, x in inputs.items()}
+    for number, at in enumerate(range(17, len(inputs["weight"]), 29)):
+        spoilt[NAMES[number % len(NAMES)]][at] = (math.nan, math.inf, -math.inf)[number % 7 % 3]
+    return spoilt
+
+
 def by_the_token(
-    inputs: Inputs, ref: bool = False, clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0,
-    delta_max: float = 4.0,
+    inputs: Inputs, ref: bool = False, importance: bool = False, clip_low: float = 0.2, clip_high: float = 0.28,
+    dual_clip: float = math.inf, beta: float = 0.0, delta_max: float = 4.0,
 ) -> tuple[float, list[float], dict[str, float]]:  # fmt: skip
     """Loss, gradient and statistics by Python floats, one token after the other."""
     loss, gradient = 0.0, []
-    stats = dict.fromkeys(("clip_low", "clip_high", "clamped", "kl_sum", "tokens", "ratio_sum", "ratio_max"), 0.0)
-    stats["ratio_min"] = math.inf
-    for new, old, gain, reference, weight in zip(
-        *(inputs[k].tolist() for k in ("logprob", "old_logprob", "advantage", "ref_logprob", "weight")), strict=True
-    ):
+    sums = ("clip_low", "clip_high", "dual_clip", "clamped", "kl_sum", "tokens", "ratio_sum", "ratio_max", "nonfinite")
+    stats = dict.fromkeys(sums, 0.0) | {"ratio_min": math.inf, "nonfinite_min": math.inf}
+    for at, values in enumerate(zip(*(inputs[name].tolist() for name in NAMES), strict=True)):
+        new, old, gain, weight, reference, factor = values
         gradient.append(0.0)
         if weight == 0:
             continue
+        used = (new, old, gain, weight, *([reference] if ref else []), *([factor] if importance else []))
+        if not all(map(math.isfinite, used)):
+            stats["nonfinite"] += 1
+            stats["nonfinite_min"] = min(stats["nonfinite_min"], at)
+            continue
         r = math.exp(min(max(new - old, -delta_max), delta_max))
         clipped = min(max(r, 1 - clip_low), 1 + clip_high)
-        loss -= weight * min(r * gain, clipped * gain)
-        if r * gain <= clipped * gain and abs(new - old) <= delta_max:
-            gradient[-1] -= weight * gain * r
+        surrogate = min(r * gain, clipped * gain)
+        if gain < 0:
+            surrogate = max(surrogate, dual_clip * gain)
+        policy_weight = weight * (factor if importance else 1.0)
+        loss -= policy_weight * surrogate
+        if surrogate == r * gain and abs(new - old) <= delta_max:
+            gradient[-1] -= policy_weight * gain * r
         stats["clip_low"] += gain < 0 and r < 1 - clip_low
         stats["clip_high"] += gain > 0 and r > 1 + clip_high
+        stats["dual_clip"] += gain < 0 and r > dual_clip
         stats["clamped"] += abs(new - old) > delta_max
         stats["tokens"] += 1
         stats["ratio_sum"] += r
@@ -76,9 +98,9 @@ def check_against_the_loop(
     T: int, setting: dict[str, Any], triton: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> None:
     assert (implementation(device, "clamped_delta_loss") == "triton") == triton
-    inputs = make_inputs(T, dtype)
-    settings = {k: v for k, v in setting.items() if k != "ref"}
-    on_device = {name: x.to(device) for name, x in inputs.items() if name != "ref_logprob" or setting.get("ref")}
+    inputs = spoil(make_inputs(T, dtype))
+    settings = {k: v for k, v in setting.items() if k not in OPTIONAL.values()}
+    on_device = {k: x.to(device) for k, x in inputs.items() if k not in OPTIONAL or setting.get(OPTIONAL[k])}
     on_device["logprob"].requires_grad_()
     loss, stats = clamped_delta_loss(**on_device, **settings)
     assert (type(loss.grad_fn).__name__ == "ClampedDeltaLossBackward") == triton
@@ -104,12 +126,15 @@ def test_eager_against_the_loop(T: int, setting: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_triton_against_the_loop(setting: dict[str, Any]) -> None:
-    for T in (0, 1, 1024, 2500):
+    for T in (0, 1, 512, 2500):
         interpreted(check_against_the_loop, T, setting, True)
 
 
 def check_many_blocks() -> None:
-    check_against_the_loop(70 * 1024 + 5, SETTINGS[1], True)  # the joining kernel takes 64 blocks at a time
+    """More rows of partial results than the last block joins at once, and then fewer: the count is 0 in between."""
+    for T in ((clamped_delta.CONSTANTS["ROWS"] + 3) * clamped_delta.TOKENS + 5, 300):
+        check_against_the_loop(T, SETTINGS[1], True)
+        assert clamped_delta._counter(torch.device("cpu")).eq(0).all()
 
 
 def test_triton_joins_many_blocks() -> None:
@@ -120,7 +145,11 @@ def test_triton_joins_many_blocks() -> None:
 def test_gradient_by_finite_differences() -> None:
     inputs = {name: x.nan_to_num() for name, x in make_inputs(60, torch.float64).items()}
     logprob = inputs.pop("logprob").requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: eager.clamped_delta_loss(x, **inputs, beta=0.1)[0], (logprob,))
+
+    def loss(x: Tensor) -> Tensor:
+        return eager.clamped_delta_loss(x, **inputs, beta=0.1, dual_clip=2.0)[0]
+
+    assert torch.autograd.gradcheck(loss, (logprob,))
 
 
 def test_split_into_micro_batches_changes_nothing() -> None:
@@ -147,27 +176,90 @@ def test_small_kl_does_not_cancel() -> None:
     interpreted(check_close_to_the_reference, clamped_delta_loss)
 
 
-def check_nan_shows(form: Any) -> None:
-    for broken in ("logprob", "old_logprob", "advantage"):
-        inputs = {name: torch.ones(3) for name in ("logprob", "old_logprob", "advantage", "weight")}
-        inputs[broken][1] = float("nan")
-        inputs["logprob"].requires_grad_()
-        loss, _ = form(**inputs)
-        loss.backward()
-        assert loss.isnan()
-        assert inputs["logprob"].grad.isnan().tolist() == [False, True, False]  # type: ignore[union-attr]
+def check_ties(form: Any) -> None:
+    """A ratio on a bound is not held by it, and the next number beyond is: one token each, in the form's own exp."""
+
+    def token(step: float, advantage: float, **settings: Any) -> tuple[float, dict[str, float]]:
+        logprob = torch.tensor([step], requires_grad=True)
+        loss, stats = form(logprob, torch.zeros(1), torch.tensor([advantage]), torch.ones(1), **settings)
+        return torch.autograd.grad(loss, logprob)[0].item(), {name: x.item() for name, x in stats.items()}
+
+    def below(x: float) -> float:
+        return torch.tensor(x).nextafter(torch.tensor(0.0)).item()
+
+    above_one = token(0.5, 1.0)[1]["ratio_max"]
+    below_one = token(-0.1, 1.0)[1]["ratio_max"]
+    for step, advantage, name, on, beyond, ratio in (
+        (0.5, 1.0, "clip_high", above_one - 1, below(above_one) - 1, above_one),
+        (-0.1, -1.0, "clip_low", 1 - below_one, 1 - (2 * below_one - below(below_one)), below_one),
+        (0.5, -1.0, "dual_clip", above_one, below(above_one), above_one),
+        (0.5, -1.0, "delta_max", 0.5, below(0.5), above_one),
+    ):
+        count = "clamped" if name == "delta_max" else name
+        slope, stats = token(step, advantage, **{name: on})
+        assert (slope, stats[count]) == (pytest.approx(-ratio * advantage, rel=1e-6), 0), name
+        slope, stats = token(step, advantage, **{name: beyond})
+        assert (slope, stats[count]) == (0, 1), name
+    for bound, slope in ((0.5, -math.expm1(0.5)), (below(0.5), 0.0)):
+        setting = {"ref_logprob": torch.ones(1), "beta": 1.0, "delta_max": bound}
+        assert token(0.5, 0.0, **setting)[0] == pytest.approx(slope, rel=1e-6)
 
 
-def test_a_nan_is_not_hidden() -> None:
-    check_nan_shows(eager.clamped_delta_loss)
-    interpreted(check_nan_shows, clamped_delta_loss)
+def test_a_ratio_on_a_bound_is_free() -> None:
+    check_ties(eager.clamped_delta_loss)
+    interpreted(check_ties, clamped_delta_loss)
+
+
+def check_nonfinite(form: Any) -> None:
+    """Tokens with a NaN or an infinity count as little as those of weight 0, and are reported by their index."""
+    clean = {name: x.nan_to_num() for name, x in make_inputs(900).items()}
+    places = torch.tensor([3, 5, 800])
+    clean["weight"][places] = torch.tensor([1.0, 0.0, 1.0])  # the one without weight is not reported
+    without = clean | {"weight": clean["weight"].index_fill(0, places, 0.0)}
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, float]]:
+        logprob = inputs["logprob"].clone().requires_grad_()
+        loss, stats = form(**(inputs | {"logprob": logprob}), beta=0.1, dual_clip=2.0)
+        return loss.detach(), torch.autograd.grad(loss, logprob)[0], {name: x.item() for name, x in stats.items()}
+
+    loss, gradient, stats = run(without)
+    assert (stats["nonfinite"], stats["nonfinite_min"]) == (0, math.inf)
+    for name in NAMES:
+        for value in (math.nan, math.inf, -math.inf):
+            at = places[::2] if name == "weight" else places
+            got = run(clean | {name: clean[name].index_fill(0, at, value)})
+            assert torch.equal(got[0], loss)
+            assert torch.equal(got[1], gradient)
+            assert got[2] == stats | {"nonfinite": 2, "nonfinite_min": 3}, (name, value)
+
+
+def test_what_is_not_finite_is_reported_and_not_spread() -> None:
+    check_nonfinite(eager.clamped_delta_loss)
+    interpreted(check_nonfinite, clamped_delta_loss)
+
+
+def check_importance(form: Any) -> None:
+    """A weight of the policy term alone: 0 leaves the KL term, and c is c times the policy term."""
+    inputs = {name: x.nan_to_num() for name, x in make_inputs(300).items()}
+    del inputs["importance_weight"]
+    policy_term = {name: x for name, x in inputs.items() if name != "ref_logprob"}
+    both, policy = form(**inputs, beta=0.1)[0], form(**policy_term)[0]
+    for c in (0.0, 0.5, 2.0):
+        weighed, stats = form(**inputs, beta=0.1, importance_weight=torch.full((300,), c))
+        assert weighed.item() == pytest.approx((both + (c - 1) * policy).item(), rel=1e-5)
+        assert stats["clip_high"] == form(**inputs)[1]["clip_high"]
+
+
+def test_importance_weighs_the_policy_term_alone() -> None:
+    check_importance(eager.clamped_delta_loss)
+    interpreted(check_importance, clamped_delta_loss)
 
 
 def check_repeatable() -> None:
     inputs = {name: x.nan_to_num() for name, x in make_inputs(5000).items()}
-    arguments = [inputs[name] for name in ("logprob", "old_logprob", "advantage", "weight", "ref_logprob")]
-    first, again = (ClampedDeltaLoss.apply(*arguments, 0.2, 0.28, 0.04, 4.0) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    (first, stats), (again, others) = (clamped_delta_loss(**inputs, beta=0.04) for _ in range(2))
+    assert torch.equal(first, again)
+    assert all(torch.equal(stats[name], others[name]) for name in stats)
 
 
 def test_triton_repeats_to_the_bit() -> None:
@@ -184,6 +276,9 @@ def test_triton_repeats_to_the_bit() -> None:
         ({"clip_low": 1.5}, "clip_low is 1.5"),
         ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"delta_max": 0.0}, "delta_max is 0.0"),
+        ({"dual_clip": 1.28}, "dual_clip is 1.28; expected None or a number above 1 \\+ clip_high, 1.28"),
+        ({"dual_clip": float("nan")}, "dual_clip is nan"),
+        ({"importance_weight": torch.zeros(2)}, r"importance_weight has shape \[2\]"),
         ({"beta": float("nan"), "ref_logprob": torch.zeros(3)}, "beta is nan"),
         ({"beta": 0.1}, "ref_logprob is None"),
     ],
@@ -198,5 +293,30 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_triton_on_the_gpu(setting: dict[str, Any]) -> None:
-    for T in (0, 1, 1024, 32768):
+    for T in (0, 1, 1024, 32768, 200_001):
         check_against_the_loop(T, setting, True, device="cuda")
+
+
+@pytest.mark.gpu
+def test_launches_repeat_to_the_bit_and_keep_apart_on_streams_and_in_graphs() -> None:
+    inputs = {name: x.nan_to_num().cuda() for name, x in make_inputs(40_000).items()}
+
+    def run() -> Tensor:
+        loss, stats = clamped_delta_loss(**inputs, beta=0.04, dual_clip=2.0)
+        return torch.stack([loss, *stats.values()])
+
+    expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [run() for _ in range(4)]
+    replaying, *others = (torch.cuda.Stream() for _ in range(3))
+    results = []
+    for _ in range(50):
+        with torch.cuda.stream(replaying):
+            graph.replay()
+        for stream in others:
+            with torch.cuda.stream(stream):
+                results.append(run())
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in (*captured, *results))

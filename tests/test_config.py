@@ -54,6 +54,8 @@ def test_every_shipped_file_loads_by_its_name(file: Path) -> None:
         ("model.model_type=gpt2", "model.model_type is 'gpt2', expected one of 'qwen2', 'qwen3', 'llama'"),
         ("model.rms_norm_eps=1e-5", "unknown configuration key 'model.rms_norm_eps'"),
         ("data.failure=0.9", "expected at most 1"),
+        ("grpo.dual_clip=1.28", "grpo.dual_clip is 1.28, expected 0 or more than 1 + grpo.epsilon_high, 1.28"),
+        ("grpo.importance_correction=clip", "expected one of 'none', 'truncated', 'mask'"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(override: str, sentence: str) -> None:

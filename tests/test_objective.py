@@ -18,6 +18,7 @@ from groupwise.engine.objective import (
     Counts,
     count,
     group_advantages,
+    importance_weights,
     informative,
     mismatch,
     policy_loss,
@@ -159,6 +160,75 @@ def test_policy_loss_equals_the_loop(beta: float, gamma: float, delta_max: float
     assert loss.item() == pytest.approx(expected, rel=2e-6, abs=1e-7)
     assert stats["tokens"] == tokens
     assert stats["sft_tokens"] == expert_tokens
+
+
+@pytest.mark.parametrize("correction", ["truncated", "mask"])
+@pytest.mark.parametrize("first", [True, False])
+def test_importance_weighs_what_the_sampler_drew(correction: str, first: bool) -> None:
+    """By trainer's over sampler's probability: the policy term alone, and no gradient through the weight."""
+    policy, reference = Bigram(1), Bigram(2)
+    examples = make_examples(5)
+    weigh(examples, count(examples))
+    (batch,) = pack(examples, 1000)
+    logprob, _ = policy(batch.input_ids, None, None, batch.targets)
+    if not first:
+        batch.old_logprob = logprob.detach() + 0.1 * torch.randn(len(logprob), generator=torch.manual_seed(0))
+    batch.ref_logprob, _ = reference(batch.input_ids, None, None, batch.targets)
+    loss, stats = policy_loss(policy, batch, beta=0.1, importance_correction=correction, importance_cap=1.5)
+    (gradient,) = torch.autograd.grad(loss, policy.table)
+    expected, leaf = 0.0, logprob.detach().double().requires_grad_()
+    old = leaf.detach() if first else batch.old_logprob.double()
+    bounds = {"truncated": 0, "mask": 0}
+    for i in (batch.weight != 0).nonzero().squeeze(1).tolist():
+        ratio = math.exp(old[i] - batch.rollout_logprob[i])
+        bounds[correction] += ratio > 1.5
+        kept = min(ratio, 1.5) if correction == "truncated" else ratio * (ratio <= 1.5)
+        step, gap = (leaf[i] - old[i]).exp(), batch.ref_logprob[i].double() - leaf[i]
+        surrogate = torch.min(step * batch.advantage[i], step.clamp(0.8, 1.28) * batch.advantage[i])
+        expected += batch.weight[i] * (0.1 * (gap.exp() - gap - 1) - kept * surrogate)
+    assert 0 < bounds[correction] < stats["tokens"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(expected, leaf)
+    (true,) = torch.autograd.grad(policy(batch.input_ids, None, None, batch.targets)[0], policy.table, slope.float())
+    torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-7)
+
+
+def test_importance_weights_refuse_what_is_unknown() -> None:
+    assert importance_weights(torch.zeros(2), torch.zeros(2), "none", 2.0) is None
+    with pytest.raises(UserError, match="'sequence' is unknown; use one of none, truncated, mask"):
+        importance_weights(torch.zeros(2), torch.zeros(2), "sequence", 2.0)
+
+
+def test_dual_clip_bounds_what_a_bad_sample_costs() -> None:
+    policy = Bigram()
+    examples = make_examples(7)
+    weigh(examples, count(examples))
+    (batch,) = pack(examples, 1000)
+    logprob, _ = policy(batch.input_ids, None, None, batch.targets)
+    batch.advantage, batch.old_logprob = -batch.advantage.abs(), logprob.detach() - 2.0
+    loss, stats = policy_loss(policy, batch, dual_clip=3.0)
+    assert loss.item() == pytest.approx(-3.0 * (batch.advantage * batch.weight).sum().item(), rel=1e-5)
+    assert bool((torch.autograd.grad(loss, policy.table)[0] == 0).all())
+    metrics = summarise({key: value.item() for key, value in stats.items()})
+    assert (metrics["clip_ratio/dual_mean"], metrics["clip_ratio/high_mean"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("broken", ["advantage", "old_logprob", "ref_logprob", "weight", "rollout_logprob"])
+def test_what_is_not_finite_makes_the_loss_nan_and_moves_nothing(broken: str) -> None:
+    policy = Bigram()
+    examples = make_examples(7)
+    weigh(examples, count(examples))
+    (batch,) = pack(examples, 1000)
+    for name in ("old_logprob", "ref_logprob"):
+        setattr(batch, name, batch.rollout_logprob.clone())
+    place = int((batch.weight != 0).nonzero()[3])
+    getattr(batch, broken)[place] = math.nan
+    loss, stats = policy_loss(policy, batch, importance_correction="truncated")
+    loss.backward()
+    assert loss.isnan()
+    assert (stats["nonfinite"], stats["nonfinite_min"]) == (1, place)
+    assert stats["policy_loss"].isfinite()
+    assert bool((policy.table.grad == 0).all())
 
 
 def test_first_update_is_on_policy() -> None:

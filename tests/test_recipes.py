@@ -24,8 +24,10 @@ from groupwise.recipes.evaluate import Outcome, summarise
 from groupwise.recipes.experts import Experts
 from groupwise.recipes.grpo import my_places, to_batches
 from groupwise.recipes.policy import load_policy
+from groupwise.recipes.rollouts import open_sandbox
 from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training, places
+from groupwise.rollout.sandbox import Limits
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Span, Trajectory
 
@@ -312,3 +314,9 @@ def test_scores_are_means_over_runs_and_unions_over_tasks() -> None:
     assert (result["pass_at_k"], result["k"], result["num_tasks"]) == (3 / 4, 3, 4)
     assert result["by_type"]["counting"] == {"pass_at_1": pytest.approx(1 / 6), "num_tasks": 2}
     assert Config().evaluate.num_samples == 3
+
+
+def test_a_process_may_compute_as_long_as_its_execution_may_last() -> None:
+    config = load_config(None, ["sandbox.wall_s=45.5"])
+    with open_sandbox(SimpleNamespace(config=config)) as sandbox:
+        assert sandbox.limits == Limits(wall_s=45.5, cpu_s=45.5)

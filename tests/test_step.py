@@ -70,6 +70,7 @@ def broken_loss(policy, batch, kind, rank):
     if policy.mesh.rank == rank:
         if kind == "loss":
             loss = loss + math.inf
+            stats |= {"nonfinite": torch.tensor(1.0), "nonfinite_min": torch.tensor(float(len(batch.input_ids) - 1))}
         else:
             loss = loss * 1.0
             loss.register_hook(lambda grad: grad * math.inf)
@@ -110,6 +111,16 @@ def test_too_many_bad_steps_end_the_run_with_names_and_batches(tmp_path, caplog)
     assert "model.layers.0.mlp.up_proj.weight" in raised.value.names
     kept = torch.load(tmp_path / "bad-batches-rank-0.pt")
     assert torch.equal(kept[0]["input_ids"], small_batches(3)[0].input_ids)
+
+
+def test_a_step_left_out_names_the_first_token_that_the_loss_knows_of(caplog):
+    policy, optimizer = setup(alone())
+    batches = small_batches(1)
+    with caplog.at_level(logging.WARNING):
+        broken = partial(broken_loss, kind="loss", rank=0)
+        optimise(policy, optimizer, batches, broken, mesh=alone(), lr=0.01, max_grad_norm=0.5)
+    first = min(batch.num_tokens for batch in batches) - 1
+    assert f"; tokens with a non-finite input: {len(batches)}, the first at index {first} of its" in caplog.text
 
 
 def no_batches(mesh):

@@ -21,7 +21,7 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Pointers to the inputs' dtype; every other pointer is to float32, save the targets.
+# Pointers to the inputs' dtype; every other pointer is to float32, save those to integers.
 ELEMENTS = {
     *("hidden", "weight", "d_logits"),
     *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
@@ -41,10 +41,11 @@ def compiled(kernel: Any, element: str, constants: dict[str, Any], architecture:
             signature[name] = "constexpr"
         elif INTEGERS.fullmatch(name):
             signature[name] = "i32"
-        elif name in ("scale", "clip_low", "clip_high", "beta", "delta_max", "eps"):
+        elif name in ("scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"):
             signature[name] = "fp32"
         else:
-            signature[name] = "*i64" if name == "targets" else "*" + (element if name in ELEMENTS else "fp32")
+            integers = {"targets": "*i64", "counter": "*i32"}
+            signature[name] = integers.get(name, "*" + (element if name in ELEMENTS else "fp32"))
         if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED:
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -92,16 +93,21 @@ def test_logprob(kernel: str, entropy: bool, architecture: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_small_kernels(architecture: str, tmp_path: Path) -> None:
-    columns = {"COLUMNS": clamped_delta.COLUMNS}
     cases: list[tuple[Any, dict[str, Any]]] = [
-        (clamped_delta._tokens_kernel, columns | {"HAS_REF": True, "BLOCK": clamped_delta.BLOCK}),
-        (clamped_delta._tokens_kernel, columns | {"HAS_REF": False, "BLOCK": clamped_delta.BLOCK}),
-        (clamped_delta._join_kernel, columns | {"NUM_SUMS": len(clamped_delta.SUMS), "WIDTH": 16, "BLOCK": 64}),
         (logprob._join_kernel, {"ENTROPY": True, "ROWS": 128}),
         (logprob._join_kernel, {"ENTROPY": False, "ROWS": 128}),
     ]
     for kernel, constants in cases:
         check_no_spill(compiled(kernel, "fp32", constants, architecture, num_warps=4), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("given", [False, True])
+def test_clamped_delta(given: bool, architecture: str, tmp_path: Path) -> None:
+    num_warps = clamped_delta.NUM_WARPS[TARGETS[architecture].backend]
+    constants = clamped_delta.CONSTANTS | {"HAS_REF": given, "HAS_IMPORTANCE": given, "WARPS": num_warps}
+    binary = compiled(clamped_delta._loss_kernel, "fp32", constants, architecture, num_warps=num_warps)
+    check_no_spill(binary, architecture, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
