@@ -32,6 +32,9 @@ class RunConfig:
     timeout_s: int = setting(
         600, "seconds after which a collective that does not complete ends the run", minimum=1, changeable=True
     )
+    attention: Literal["auto", "flash-attn", "varlen", "xformers", "triton", "sdpa"] = setting(
+        "auto", "what serves the attention of training; auto: the first of them that the machine has", changeable=True
+    )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
     keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1, changeable=True)
 

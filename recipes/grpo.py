@@ -116,6 +116,7 @@ def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -
         loss_type=settings.loss_type,
         max_completion_tokens=run.config.rollout.max_trajectory_tokens,
     )
+    examples = [example for example in examples if example.loss_tokens]  # the others only counted as sequences
     return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device), run.mesh)
 
 

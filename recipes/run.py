@@ -150,10 +150,11 @@ def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[s
         path = argv[0] if argv and "=" not in argv[0] else None
         config = load_config(path, argv[1:] if path else argv)
         mesh = Mesh.create(config.run.timeout_s, config.run.shard_size)
+        _choose_attention(config, mesh)
         run = Run(config, mesh, claim, phases)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
-        run.say(f"{mesh.describe()} | {dispatch.describe()}")
+        run.say(f"{mesh.describe()} | {dispatch.describe(mesh.device.type)}")
         recipe(run)
         mesh.close()
     except (Exception, KeyboardInterrupt) as error:
@@ -162,6 +163,13 @@ def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[s
         if mesh is not None:
             mesh.announce(error)
         _end(error, argv)
+
+
+def _choose_attention(config: Config, mesh: Mesh) -> None:
+    try:
+        dispatch.force("packed_attention", config.run.attention, mesh.device.type)
+    except ValueError as error:
+        raise UserError(f"run.attention is {config.run.attention!r}: {error}") from error
 
 
 def _keep_freed_memory() -> None:

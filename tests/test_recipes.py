@@ -208,6 +208,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     return {
         "unknown key": ["synthesize", "grpo.stepss=3"],
         "wrong type": ["synthesize", "sft.steps=many"],
+        "attention of a GPU": ["synthesize", "run.attention=xformers"],
         "missing tables": ["synthesize", f"tables={folder / 'nowhere'}"],
         "no table": ["synthesize", f"tables={tables}"],
         "empty table": ["synthesize", f"tables={tables}"],
@@ -225,6 +226,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     [
         ("unknown key", "did you mean 'grpo.steps'?"),
         ("wrong type", 'sft.steps is "many", expected a whole number'),
+        ("attention of a GPU", "'xformers' does not run on cpu; choose one of auto, sdpa"),
         ("missing tables", "does not exist"),
         ("no table", "no .csv file"),
         ("empty table", "is empty"),
