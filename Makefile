@@ -36,6 +36,7 @@ bench: .venv/.test
 	$(BIN)/python -m groupwise.bench.clamped_delta
 	$(BIN)/python -m groupwise.bench.small_kernels
 	$(BIN)/python -m groupwise.bench.shard
+	$(BIN)/python -m groupwise.bench.compile
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
