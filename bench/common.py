@@ -24,17 +24,24 @@ from torch import Tensor
 Row = dict[str, Any]
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark that runs once, on the CPU: --out."""
+    own = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("--out", type=Path, default=None, help="also write the JSON record to this file")
+    own.set_defaults(device="cpu", repeats=1)
+    return own
+
+
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of every benchmark: --device, --repeats, --shapes, --out."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of a benchmark that times: --device, --repeats, --shapes, --out."""
+    own = parser(description)
     available = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=available, choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--repeats", type=int, default=0, help="timed runs of each; default 20 on a GPU, 7 on a CPU")
-    parser.add_argument("--shapes", nargs="*", default=None, metavar="SIZExSIZE", help="shapes instead of the default")
-    parser.add_argument("--out", type=Path, default=None, help="also write the JSON record to this file")
-    args = parser.parse_args()
+    own.add_argument("--device", default=available, choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    own.add_argument("--repeats", type=int, default=0, help="timed runs of each; default 20 on a GPU, 7 on a CPU")
+    own.add_argument("--shapes", nargs="*", default=None, metavar="SIZExSIZE", help="shapes instead of the default")
+    args = own.parse_args()
     if args.device == "cuda" and available == "cpu":
-        parser.error("--device cuda: PyTorch sees no GPU; use --device cpu")
+        own.error("--device cuda: PyTorch sees no GPU; use --device cpu")
     args.repeats = args.repeats or (20 if args.device == "cuda" else 7)
     return args
 

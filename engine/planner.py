@@ -239,10 +239,9 @@ class _Rank:
         model, c = self.model, self.c
         queries = model.num_attention_heads * model.head_size
         keys = model.num_key_value_heads * model.head_size
-        if implementation("cuda" if self.cuda else "cpu", "packed_attention") == "flash-attn":
-            attention = c * (2 * queries + 2 * keys)  # q, k, v and the output
-        else:
-            attention = c * 5 * queries  # keys and values repeated for each query head; the output padded and packed
+        served_by = implementation("cuda" if self.cuda else "cpu", "packed_attention")
+        # q, k, v and the output; some repeat keys and values for each query head, or keep the output padded too.
+        attention = c * {"sdpa": 5 * queries, "xformers": 4 * queries}.get(served_by, 2 * queries + 2 * keys)
         attention += 4 * model.num_attention_heads  # log-sum-exp of each row
         if model.model_type == "qwen3":  # norms of each head, kept as the others are
             rows = 4 * (model.num_attention_heads + model.num_key_value_heads)

@@ -20,10 +20,17 @@ try:
 except ImportError:
     triton = tl = None
 
-OPERATIONS = (
-    *("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"),
-    *("packed_attention", "paged_attention"),
-)
+# What can serve each operation, the best first; the last serves every device.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
+    "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
+    "paged_attention": ("eager",),
+}
+OPERATIONS = tuple(IMPLEMENTATIONS)
+# Attention kernels of others, each with the module that has it.
+LIBRARIES = {"flash-attn": "flash_attn", "varlen": "torch.nn.attention.varlen", "xformers": "xformers.ops"}
+MAX_HEAD_SIZE = 256
+_forced: dict[tuple[str, str], str] = {}
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -32,40 +39,113 @@ def jit(function: Callable[..., None]) -> Any:
 
 
 @cache
-def implementation(device_type: str, op: str) -> str:
-    """Name what serves ``op`` on ``device_type``: "triton", "flash-attn", "sdpa" or "eager".
+def available(device_type: str, op: str) -> tuple[str, ...]:
+    """Name what can serve ``op`` on ``device_type`` here, the best first. Raises ValueError for an unknown operation.
 
-    Triton serves CUDA (which is also ROCm's name in PyTorch), and the CPU when Triton's interpreter was asked for.
-    Raises ValueError for an unknown operation.
+    Triton serves CUDA (which is also ROCm's name in PyTorch), and the CPU when Triton's interpreter was asked for; the
+    libraries serve CUDA.
     """
-    if op not in OPERATIONS:
+    if op not in IMPLEMENTATIONS:
         raise ValueError(f"operation {op!r} is unknown; expected one of {', '.join(OPERATIONS)}")
-    on_gpu = device_type == "cuda"
-    if op == "packed_attention":
-        return "flash-attn" if on_gpu and _has_flash_attn() else "sdpa"
-    if op == "paged_attention":
-        return "eager"
-    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton" if triton is not None and (on_gpu or interpreted) else "eager"
+    return tuple(name for name in IMPLEMENTATIONS[op] if _runs_on(device_type, name) and _installed(name))
+
+
+def implementation(device_type: str, op: str) -> str:
+    """Name what serves ``op`` on ``device_type``: what was forced, else the first that is available."""
+    return _forced.get((device_type, op)) or available(device_type, op)[0]
+
+
+def force(op: str, name: str, device_type: str | None = None) -> None:
+    """Serve ``op`` by ``name`` in this process; to be called before the first use.
+
+    Args:
+        op: one of OPERATIONS.
+        name: one of IMPLEMENTATIONS[op], or "auto" for the first that is available.
+        device_type: where; by default what is available.
+
+    Raises:
+        ValueError: an unknown operation or name, or one that is not installed or does not run on the device.
+    """
+    device_type = device_type or _default_device()
+    names = available(device_type, op)
+    if name == "auto":
+        _forced.pop((device_type, op), None)
+        return
+    if name not in names:
+        if name not in IMPLEMENTATIONS[op]:
+            reason = "is unknown"
+        else:
+            reason = "is not installed" if _runs_on(device_type, name) else f"does not run on {device_type}"
+        raise ValueError(f"{op}: implementation {name!r} {reason}; choose one of auto, {', '.join(names)}")
+    _forced[device_type, op] = name
+
+
+def packed_attention_by(device_type: str, dtype: torch.dtype, head_size: int, shared: bool) -> str:
+    """Name what serves packed attention of such heads, with prefixes if ``shared``.
+
+    It is the implementation, or the first behind it that can: the libraries take half precision, head sizes that are
+    multiples of 8 up to 256, and no prefix; Triton head sizes up to 256.
+    """
+    names = available(device_type, "packed_attention")
+    half = dtype in (torch.float16, torch.bfloat16)
+    can = dict.fromkeys(LIBRARIES, half and not shared and head_size <= MAX_HEAD_SIZE and head_size % 8 == 0)
+    can |= {"triton": _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE, "sdpa": True}
+    return next(name for name in names[names.index(implementation(device_type, "packed_attention")) :] if can[name])
 
 
 def triton_serves(op: str, tensor: torch.Tensor) -> bool:
     """Whether Triton runs ``op`` on such a tensor: not float64, nor bf16 in the interpreter, which gets it wrong."""
-    excluded = (torch.float64, torch.bfloat16) if tensor.device.type == "cpu" else (torch.float64,)
-    return tensor.dtype not in excluded and implementation(tensor.device.type, op) == "triton"
+    device_type = tensor.device.type
+    return _triton_takes(device_type, tensor.dtype) and implementation(device_type, op) == "triton"
 
 
 def describe(device_type: str | None = None) -> str:
     """One line for the start of a run: what serves each operation on ``device_type`` (default: what is available)."""
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    return f"kernels on {device_type}: " + ", ".join(f"{op} {implementation(device_type, op)}" for op in OPERATIONS)
+    device_type = device_type or _default_device()
+    served = [f"{op} {implementation(device_type, op)}" for op in OPERATIONS]
+    usual = implementation(device_type, "packed_attention")
+    others = {
+        "float32": packed_attention_by(device_type, torch.float32, 64, False),
+        "with prefixes": packed_attention_by(device_type, torch.float16, 64, True),
+    }
+    served += [f"packed_attention {what} {name}" for what, name in others.items() if name != usual]
+    return f"kernels on {device_type}: " + ", ".join(served)
 
 
 @cache
-def _has_flash_attn() -> bool:
+def architecture_of(device: torch.device) -> str:
+    """Whose settings a Triton kernel takes: "sm_90", "sm_80", "gfx942", or "cpu" for the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    # 12 has neither the matrix instructions nor the shared memory of 9 and 10.
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _runs_on(device_type: str, name: str) -> bool:
+    if name == "triton":
+        return device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if name == "varlen":
+        return device_type == "cuda" and torch.version.hip is None
+    return device_type == "cuda" or name not in LIBRARIES
+
+
+@cache
+def _installed(name: str) -> bool:
+    if name not in LIBRARIES:
+        return name != "triton" or triton is not None
     # Imported, not only looked for: a build for another PyTorch is there but does not load.
     try:
-        importlib.import_module("flash_attn")
+        importlib.import_module(LIBRARIES[name])
     except ImportError:
         return False
     return True
+
+
+def _triton_takes(device_type: str, dtype: torch.dtype) -> bool:
+    return dtype not in ((torch.float64, torch.bfloat16) if device_type == "cpu" else (torch.float64,))

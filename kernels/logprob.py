@@ -44,8 +44,8 @@ TILES = {
     ("gradient", "sm_90"): Tiles(128, 128, 64, 8, 3),
     ("forward", "sm_80"): Tiles(128, 128, 64, 8, 3),
     ("gradient", "sm_80"): Tiles(128, 128, 64, 8, 3),
-    ("forward", "hip"): Tiles(128, 128, 64, 8, 2),
-    ("gradient", "hip"): Tiles(128, 128, 64, 8, 2),
+    ("forward", "gfx942"): Tiles(128, 128, 64, 8, 2),
+    ("gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
 }
 # Multiplied without tensor cores.
 FLOAT32_TILES = Tiles(64, 64, 16, 8, 2)
@@ -54,7 +54,7 @@ INTERPRETER_TILES = Tiles(32, 512, 64, 4, 1)
 
 
 def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
-    """Settings of "forward" or "gradient" on "sm_90", "sm_80" (also what lies between), "hip" or "cpu"."""
+    """Settings of "forward" or "gradient" on "sm_90", "sm_80" (also what lies between), "gfx942" or "cpu"."""
     if architecture == "cpu":
         return INTERPRETER_TILES
     return FLOAT32_TILES if dtype == torch.float32 else TILES[kernel, architecture]
@@ -65,7 +65,7 @@ def _architecture(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     if torch.version.hip is not None:
-        return "hip"
+        return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
 
 

@@ -111,8 +111,8 @@ def test_paged_equals_packed(new: list[int], heads: tuple[int, int]) -> None:
 
 
 def test_paged_decode_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groupwise.kernels.eager.GATHER_ELEMENTS", 200)
-    monkeypatch.setattr("groupwise.kernels.eager.SCORE_ELEMENTS", 100)
+    monkeypatch.setattr("groupwise.kernels.eager_attention.GATHER_ELEMENTS", 200)
+    monkeypatch.setattr("groupwise.kernels.eager_attention.SCORE_ELEMENTS", 100)
     lengths = random.Random(1).choices(range(1, 50), k=30)
     check_paged(lengths, [1] * 30, (4, 2))
     check_paged(lengths, lengths, (4, 2))

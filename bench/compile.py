@@ -1,0 +1,186 @@
+"""Every Triton kernel of the package compiled ahead of time, with the settings that serve: what one program takes.
+
+    python -m groupwise.bench.compile [--out FILE]
+
+Needs no GPU. ``stack`` is bytes a thread and ``shared`` bytes a program; ``spills`` counts loads and stores of spilled
+registers; ``matrix`` counts instructions of the matrix units (HMMA, HGMMA on sm_90, MFMA on gfx942).
+``tests/test_triton_aot.py`` compiles the same cases.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from groupwise.bench import common
+from groupwise.kernels import clamped_delta, logprob, norm, rotary, swiglu
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Pointers to the inputs' dtype, and to integers; every other pointer is to float32.
+ELEMENTS = {
+    *("hidden", "weight", "d_logits"),
+    *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
+    *("q", "k", "cos", "sin", "q_out", "k_out"),
+    *("gate", "up", "out", "d_out", "d_gate", "d_up"),
+}
+INDICES = {"targets": "i64", "counter": "i32"}
+INTEGERS = re.compile("num_.*|column_.*|.*_stride")
+FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
+UNALIGNED = {"num_tokens", "num_blocks", "num_slices", "num_rows", "num_query_heads", "num_key_heads"}
+
+
+class Case(NamedTuple):
+    """A kernel as it is launched: what it is specialised for, and with how many warps and stages."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    options: dict[str, int]
+    on_matrix_units: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {self.settings}"
+
+    @property
+    def settings(self) -> str:
+        return " ".join(f"{name}={int(value)}" for name, value in (self.constants | self.options).items())
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes; bytes of stack a thread, bytes of shared memory a program."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    matrix: int
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every kernel of the package with what serves on ``target``, an entry of TARGETS."""
+    yield from _logprob(target)
+    yield from _clamped_delta(target)
+    yield from _norm()
+    yield from _rotary()
+    yield from _swiglu()
+
+
+def _logprob(target: str) -> Iterator[Case]:
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for entropy in (False, True):
+            for kind, kernel in (("forward", logprob._forward_kernel), ("gradient", logprob._logit_gradient_kernel)):
+                tile = logprob.tiles(kind, dtype, target)
+                constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "ENTROPY": entropy}
+                if kind == "forward":
+                    constants["SLICE"] = logprob.SLICE_COLUMNS
+                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+                yield Case(f"logprob {kind}", kernel, name, constants, options, dtype != torch.float32)
+    for entropy in (False, True):
+        yield Case("logprob join", logprob._join_kernel, "fp32", {"ENTROPY": entropy, "ROWS": 128}, {"num_warps": 4})
+
+
+def _clamped_delta(target: str) -> Iterator[Case]:
+    num_warps = clamped_delta.NUM_WARPS[TARGETS[target].backend]
+    for given in (False, True):
+        constants = clamped_delta.CONSTANTS | {"HAS_REF": given, "HAS_IMPORTANCE": given, "WARPS": num_warps}
+        yield Case("clamped_delta", clamped_delta._loss_kernel, "fp32", constants, {"num_warps": num_warps})
+
+
+def _norm() -> Iterator[Case]:
+    kernels = {
+        "norm forward": (norm._forward_kernel, norm.FORWARD_ELEMENTS),
+        "norm backward": (norm._backward_kernel, norm.BACKWARD_ELEMENTS),
+    }
+    for residual, num_hidden, dtype in ((False, 128, "bf16"), (True, 5120, "bf16"), (True, 5120, "fp32")):
+        for name, (kernel, elements) in kernels.items():
+            rows, width, num_warps = norm.tile(elements, num_hidden)
+            constants = {"HAS_RESIDUAL": residual, "ROWS": rows, "WIDTH": width}
+            yield Case(name, kernel, dtype, constants, {"num_warps": num_warps})
+
+
+def _rotary() -> Iterator[Case]:
+    for size, back, dtype in ((96, False, "bf16"), (128, True, "bf16"), (128, False, "fp32")):
+        constants = {"BACK": back, "SIZE": size, "WIDTH": 64, "QUERY_HEADS": 64, "KEY_HEADS": 8}
+        yield Case("rotary", rotary._rotary_kernel, dtype, constants, {"num_warps": 4})
+
+
+def _swiglu() -> Iterator[Case]:
+    kernels = {"swiglu forward": swiglu._forward_kernel, "swiglu backward": swiglu._backward_kernel}
+    for dtype in ("bf16", "fp32"):
+        for name, kernel in kernels.items():
+            yield Case(name, kernel, dtype, {"BLOCK": swiglu.BLOCK}, {"num_warps": 4})
+
+
+def compiled(case: Case, target: str) -> Any:
+    """The kernel for aligned tensors whose sizes are multiples of 16, as a model's are."""
+    names = case.kernel.arg_names
+    signature: dict[str, str] = {}
+    aligned: dict[tuple[int], list[Any]] = {}
+    for i, name in enumerate(names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif INTEGERS.fullmatch(name):
+            signature[name] = "i32"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*" + INDICES.get(name, case.dtype if name in ELEMENTS else "fp32")
+        if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=values, attrs=aligned)
+    return triton.compile(source, target=TARGETS[target], options=case.options)
+
+
+def measure(case: Case, target: str) -> Usage:
+    """Compile ``case`` for ``target`` and read from the binary what it takes."""
+    binary = compiled(case, target)
+    if target == "gfx942":
+        assembly = binary.asm["amdgcn"]
+        fields = (".vgpr_count", ".private_segment_fixed_size", ".sgpr_spill_count", ".vgpr_spill_count")
+        registers, stack, *spilled = (int(re.findall(rf"{re.escape(f)}:\s*(\d+)", assembly)[0]) for f in fields)
+        spills = sum(spilled)
+    else:
+        assembly = _disassembled(binary.asm["cubin"])
+        registers, stack = (int(re.findall(rf"{field}:(\d+)", assembly)[0]) for field in ("REG", "STACK"))
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
+    return Usage(registers, stack, binary.metadata.shared, spills, len(re.findall(rf"\b{MATRIX[target]}", assembly)))
+
+
+def _disassembled(cubin: bytes) -> str:
+    """The use of resources and the instructions, as Triton's own copy of NVIDIA's tool tells them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    args = common.parser(__doc__).parse_args()
+    rows = []
+    for target in TARGETS:
+        for case in cases(target):
+            first = {"kernel": case.name, "dtype": case.dtype, "target": target, "settings": case.settings}
+            rows.append(first | measure(case, target)._asdict())
+    common.report("compile", rows, args)
+
+
+if __name__ == "__main__":
+    main()
