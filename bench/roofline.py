@@ -36,7 +36,8 @@ def draw(records: list[Row], file: Path) -> int:
         ]
         shown += len(points)
         if points:
-            axes.scatter(*zip(*points, strict=True), s=36, color=colour, label=record["bench"], zorder=3)
+            intensities, shares = zip(*points, strict=True)
+            axes.scatter(intensities, shares, s=36, color=colour, label=record["bench"], zorder=3)
         ends = (0.05, balance, 1e5)
         axes.plot(ends, [min(1.0, x / balance) for x in ends], color=colour, linewidth=0.8, alpha=0.6)
     axes.set(

@@ -107,7 +107,7 @@ def theirs(model: Model, mesh: Mesh, large: bool) -> Step:
     names = {"num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"}
     names |= {"vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"}
     config = transformers.Qwen2Config(**{name: getattr(model.config, name) for name in names}, use_cache=False)
-    hf = transformers.Qwen2ForCausalLM(config)
+    hf: Any = transformers.Qwen2ForCausalLM(config)
     hf.load_state_dict(model.state_dict(), strict=not model.config.tie_word_embeddings)
     hf = hf.to(mesh.device, torch.bfloat16 if large else torch.float32)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
