@@ -57,6 +57,18 @@ def parse_shapes(texts: Sequence[str] | None, default: Sequence[tuple[int, ...]]
     return shapes
 
 
+def able(contenders: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """Those that run here; who does not (not installed, no compiler) is named with the reason, and left out."""
+    found = {}
+    for name, run in contenders.items():
+        try:
+            run(*arguments)
+            found[name] = run
+        except Exception as error:  # of any kind: they are not ours
+            print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    return found
+
+
 def in_turns(contenders: dict[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], repeats: int) -> Row:
     """Median milliseconds of each contender; each run takes the next of ``inputs``, and the contenders alternate."""
     device = next(x.device for x in inputs[0] if isinstance(x, Tensor))
@@ -103,13 +115,27 @@ def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: 
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def balance(device: str) -> float:
+    """Operations of a large matrix product in the time in which a copy moves one byte."""
+    size, moved, dtype = (8192, 1 << 30, torch.bfloat16) if device == "cuda" else (2048, 1 << 27, torch.float32)
+    factor = torch.randn(size, size, device=device).to(dtype)
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)  # read and written
+    contenders = {"product": lambda factor, _: factor @ factor, "copy": lambda _, source: source.clone()}
+    times = in_turns(contenders, [(factor, source)], 5)
+    return (2 * size**3 / times["product"]) / (moved / times["copy"])
+
+
 def error(got: Tensor, true: Tensor) -> float:
     """Largest difference, as a share of the largest true value."""
     return ((got.double() - true.double()).abs().max() / true.double().abs().max().clamp(min=1e-30)).item()
 
 
 def report(name: str, rows: list[Row], args: argparse.Namespace) -> None:
-    """Print a table, then one JSON line; write the JSON where --out says."""
+    """Print a table, then one JSON line; write the JSON where --out says.
+
+    Where rows have ``flops_per_byte``, operations by bytes that must move, the record tells the device's own balance of
+    the two: ``bench/roofline.py`` draws both.
+    """
     on_gpu = args.device == "cuda"
     rows = [{k: v for k, v in row.items() if v is not None and (on_gpu or not k.endswith("_ms"))} for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -117,7 +143,10 @@ def report(name: str, rows: list[Row], args: argparse.Namespace) -> None:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    record = json.dumps({"bench": name, **_environment(args.device), "repeats": args.repeats, "rows": rows})
+    head = {"bench": name, **_environment(args.device), "repeats": args.repeats}
+    if any("flops_per_byte" in row for row in rows):
+        head["balance_flops_per_byte"] = balance(args.device)
+    record = json.dumps({**head, "rows": rows})
     print(record)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

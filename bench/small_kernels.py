@@ -23,6 +23,7 @@ from groupwise.kernels import add_rms_norm, apply_rotary, eager, implementation,
 GPU_SHAPES = [(8192, 1536, 8960, 12, 2, 128), (8192, 3584, 18944, 28, 4, 128), (8192, 5120, 13824, 40, 8, 128)]
 CPU_SHAPES = [(512, 256, 704, 4, 2, 64), (512, 1536, 8960, 12, 2, 128)]
 EPS = 1e-6
+FLOPS = {"rms_norm": 5, "rotary": 3, "swiglu": 6}  # an element of the first input, forward; about twice so many back
 Form = Callable[..., Any]
 
 
@@ -90,6 +91,7 @@ def measure(op: str, shape: tuple[int, ...], args: Any) -> list[common.Row]:
     check(op, *inputs[0])
     ours, plain = FORMS[op]
     bare = [[x.detach().clone() for some in each for x in some] for each in inputs]
+    own = inputs[0][0]
     once = sum(x.nbytes for x in passes(ours, *inputs[0])[0]["value"])
     # The tables of the angles count half: the other half repeats it.
     tables = sum(x.nbytes // 2 for x in inputs[0][1])
@@ -126,6 +128,7 @@ def measure(op: str, shape: tuple[int, ...], args: Any) -> list[common.Row]:
                 "copy_ms": times["copy"],
                 "share_of_limit": times["copy"] / times["ours"],
                 "speedup": times["plain"] / times["ours"],
+                "flops_per_byte": FLOPS[op] * own[0].numel() * (2 if name == "backward" else 1) / moved,
             }
         )
     return rows
