@@ -49,9 +49,9 @@ def packed_attention(
     served_by = packed_attention_by(q.device.type, q.dtype, q.shape[2], prefix is not None)
     if served_by == "sdpa" or q.shape[0] == 0:
         return eager.packed_attention(q, k, v, cu_seqlens, max_seqlen, prefix)
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    q, k, v, cu_seqlens = (x.contiguous() for x in (q, k, v, cu_seqlens))
     if served_by == "triton":
-        return SegmentAttention.apply(q, k, v, cu_seqlens.contiguous(), max_seqlen, prefix)
+        return SegmentAttention.apply(q, k, v, cu_seqlens, max_seqlen, None if prefix is None else prefix.contiguous())
     return LIBRARIES[served_by](q, k, v, cu_seqlens, max_seqlen)
 
 

@@ -111,7 +111,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     q, k, v, bounds, prefix, out, log_sum, num_tokens, num_query_heads, num_key_heads, scale,
     SHARED: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one head and segment -> output and log-sum-exp (base 2, of scores x scale)."""
+    """A tile of rows of one head and segment -> output and log-sum-exp / scale, so that it is one of products."""
     head = tl.program_id(0)
     segment = tl.program_id(2)
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # those with most keys begin first
@@ -252,7 +252,9 @@ def _key_gradient_kernel(  # type: ignore[no-untyped-def]
 KERNELS = {"forward": _forward_kernel, "query gradient": _query_gradient_kernel, "key gradient": _key_gradient_kernel}
 
 
-def _launch(name: str, packing: tuple[Tensor, int, Tensor | None], q: Tensor, k: Tensor, *tensors: Tensor) -> None:
+def _launch(
+    name: str, packing: tuple[Tensor, int, Tensor | None], q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+) -> None:
     cu_seqlens, max_seqlen, prefix = packing
     num_tokens, num_heads, size = q.shape
     if num_tokens == 0:
@@ -261,7 +263,7 @@ def _launch(name: str, packing: tuple[Tensor, int, Tensor | None], q: Tensor, k:
     tile = tiles(name, q.dtype, size, architecture_of(q.device))
     along = tile.columns if name == "key gradient" else tile.rows
     KERNELS[name][(num_heads, triton.cdiv(max_seqlen, along), len(cu_seqlens) - 1)](
-        q, k, tensors[0], cu_seqlens, cu_seqlens if prefix is None else prefix, *tensors[1:],
+        q, k, v, cu_seqlens, cu_seqlens if prefix is None else prefix, *others,
         num_tokens, num_heads, k.shape[1], size**-0.5,
         SHARED=prefix is not None, SIZE=size, WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -269,12 +271,17 @@ def _launch(name: str, packing: tuple[Tensor, int, Tensor | None], q: Tensor, k:
 
 
 class SegmentAttention(torch.autograd.Function):
-    """The Triton form of ``packed_attention``; q, k and v contiguous."""
+    """The Triton form of ``packed_attention``; all tensors contiguous."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, prefix: Tensor | None
     ) -> Tensor:
+        if q.numel() >= 2**31:
+            raise ValueError(
+                f"packed_attention: q has {q.numel()} elements and Triton's form takes fewer than 2**31; "
+                "pack fewer tokens"
+            )
         out = torch.empty_like(q)
         log_sum = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         _launch("forward", (cu_seqlens, max_seqlen, prefix), q, k, v, out, log_sum)

@@ -1,39 +1,32 @@
 """Attention over packed segments and over a paged cache, against a softmax written out for each query."""
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from packings import (
+    PLAIN,
+    SHARED,
+    as_index,
+    bounds_of,
+    by_the_query,
+    check_accuracy,
+    check_copies,
+    check_definition,
+    check_isolation,
+    make_packing,
+    passes,
+    served,
+    slopes,
+)
 from torch import Tensor
 
-from groupwise.kernels import packed_attention, paged_attention
+from groupwise.kernels import dispatch, eager, packed_attention, paged_attention
 
 BLOCK_SIZE = 4
 HEADS = [(1, 1), (4, 2), (10, 5)]  # query heads, key/value heads
-LENGTHS = [[1], [5, 5, 5], [40, 1, 7, 3, 23, 8, 2], [3, 0, 60, 0]]
-
-
-def make_heads(lengths: list[int], heads: tuple[int, int], size: int = 8, device: str = "cpu") -> list[Tensor]:
-    """q, k, v and the bounds of the segments."""
-    generator = torch.Generator().manual_seed(sum(lengths))
-    shapes = [(sum(lengths), count, size) for count in (heads[0], heads[1], heads[1])]
-    tensors = [torch.randn(shape, generator=generator).mul(1.5).to(device).requires_grad_() for shape in shapes]
-    return [*tensors, torch.tensor([0, *lengths], device=device).cumsum(0).int()]
-
-
-def by_the_query(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Each query's softmax over the keys of its own segment up to itself, one head after the other."""
-    rows = []
-    start = 0
-    for length in lengths:
-        for i in range(length):
-            for head in range(q.shape[1]):
-                kv_head = head * k.shape[1] // q.shape[1]
-                keys, values = (x[start : start + i + 1, kv_head] for x in (k, v))
-                rows.append((keys @ q[start + i, head] / q.shape[2] ** 0.5).softmax(0) @ values)
-        start += length
-    return torch.stack(rows).view_as(q)
 
 
 def paged(k: Tensor, v: Tensor, lengths: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -54,42 +47,55 @@ def paged(k: Tensor, v: Tensor, lengths: list[int], device: str = "cpu") -> tupl
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_packed_values_and_gradients(lengths: list[int], heads: tuple[int, int]) -> None:
-    q, k, v, bounds = make_heads(lengths, heads)
-    out = packed_attention(q, k, v, bounds, max(lengths))
-    expected = by_the_query(q, k, v, lengths)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    d_out = torch.randn(out.shape)
-    for got, true in zip(
-        torch.autograd.grad(out, (q, k, v), d_out), torch.autograd.grad(expected, (q, k, v), d_out), strict=True
-    ):
+@pytest.mark.parametrize(("lengths", "prefix"), PLAIN + SHARED)
+def test_packed_by_its_definition(lengths: list[int], prefix: list[int] | None, heads: tuple[int, int]) -> None:
+    check_definition("sdpa", lengths, prefix, heads, 8)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), PLAIN + SHARED)
+def test_the_mask_by_its_definition(lengths: list[int], prefix: list[int] | None) -> None:
+    tensors = make_packing(lengths, (4, 2))
+    mask = partial(eager.masked_attention, cu_seqlens=bounds_of(lengths), prefix=as_index(prefix))
+    loop = partial(by_the_query, lengths=lengths, prefix=prefix)
+    for got, true in zip(*(passes(form, tensors, slopes(tensors[0])) for form in (mask, loop)), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_segments_do_not_see_each_other() -> None:
-    lengths = [9, 30, 4]
-    q, k, v, bounds = make_heads(lengths, (4, 2))
-    out = packed_attention(q, k, v, bounds, 30)
-    changed = [x.detach().clone() for x in (q, k, v)]
-    for x in changed:
-        x[9:39] = float("nan")
-    again = packed_attention(*changed, bounds, 30)
-    assert torch.equal(again[:9], out[:9])
-    assert torch.equal(again[39:], out[39:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("lengths", "prefix"), [SHARED[0], ([70, 150, 90], None), ([70, 150, 90], [-1, 0, 0])])
+def test_packed_accuracy(lengths: list[int], prefix: list[int] | None, dtype: torch.dtype) -> None:
+    check_accuracy("sdpa", lengths, prefix, (4, 2), 16, dtype)
 
 
-def test_packed_gradients_by_finite_differences() -> None:
-    q, k, v, bounds = (x.detach().double() if x.is_floating_point() else x for x in make_heads([3, 1, 30], (2, 1), 3))
-    q, k, v = (x[:6].requires_grad_() for x in (q, k, v))
-    bounds = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda *x: packed_attention(*x, bounds, 3), (q, k, v))
+@pytest.mark.parametrize(("lengths", "prefix"), SHARED)
+def test_a_shared_prefix_equals_its_copies(lengths: list[int], prefix: list[int]) -> None:
+    check_copies("sdpa", lengths, prefix, (4, 2), 8)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), [SHARED[0], ([9, 30, 4], None)])
+def test_packed_segments_do_not_see_each_other(lengths: list[int], prefix: list[int] | None) -> None:
+    check_isolation("sdpa", lengths, prefix, 8)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), [([2, 1, 3], None), ([2, 1, 0, 3], [-1, 0, 0, -1])])
+def test_packed_gradients_by_finite_differences(lengths: list[int], prefix: list[int] | None) -> None:
+    tensors = make_packing(lengths, (2, 1), 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(served("sdpa", lengths, prefix, tensors), tensors)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), [([], None), ([0, 0], [-1, 0])])
+def test_no_tokens(lengths: list[int], prefix: list[int] | None) -> None:
+    tensors = make_packing(lengths, (4, 2))
+    out, *gradients = passes(served("sdpa", lengths, prefix, tensors), tensors, slopes(tensors[0]))
+    assert out.shape == (0, 4, 8)
+    assert [x.shape for x in gradients] == [x.shape for x in tensors]
 
 
 def check_paged(lengths: list[int], new: list[int], heads: tuple[int, int], device: str = "cpu") -> None:
     """The last ``new`` tokens of each segment, attending to a cache, equal the same rows of the packed form."""
-    q, k, v, bounds = make_heads(lengths, heads, device=device)
-    expected = packed_attention(q, k, v, bounds, max(lengths))
+    q, k, v = make_packing(lengths, heads, device=device)
+    bounds = bounds_of(lengths)
+    expected = packed_attention(q, k, v, bounds.to(device), max(lengths))
     rows = torch.cat([torch.arange(stop - n, stop) for stop, n in zip(bounds[1:].tolist(), new, strict=True)])
     k_cache, v_cache, tables = paged(k, v, lengths, device)
     out = paged_attention(
@@ -126,13 +132,32 @@ def test_paged_decode_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"k": torch.zeros(6, 2, 8, dtype=torch.float16)}, "one floating-point dtype"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "int32"),
         ({"v": torch.zeros(5, 2, 8)}, "shapes"),
+        ({"prefix": torch.tensor([-1])}, "prefix is a 1-dimensional torch.int64 tensor"),
+        ({"prefix": torch.tensor([[-1]], dtype=torch.int32)}, "expected 1 dimensions of int32"),
+        ({"prefix": torch.tensor([-1], dtype=torch.int32, device="meta")}, "on meta; expected 1 dimensions"),
+        ({"prefix": torch.tensor([-1, 0], dtype=torch.int32)}, "2 entries for 1 segments"),
     ],
 )
 def test_packed_errors(change: dict[str, Any], message: str) -> None:
-    q, k, v, bounds = make_heads([6], (4, 2))
-    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens": bounds, "max_seqlen": 6}
+    q, k, v = make_packing([6], (4, 2))
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens": bounds_of([6]), "max_seqlen": 6}
     with pytest.raises(ValueError, match=message):
         packed_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ([0, -1, -1, -1], r"prefix\[0\] is 0; expected -1,"),
+        ([-1, 2, -1, -1], r"prefix\[1\] is 2; expected 0 or -1"),
+        ([-1, 0, 1, -1], r"prefix\[2\] is 1; expected 0 or -1"),
+        ([-1, -1, -1, 0], r"prefix\[3\] is 0; expected 2 or -1"),
+        ([-1, 0, -2, -1], r"prefix\[2\] is -2"),
+    ],
+)
+def test_a_prefix_stands_before_those_that_see_it(prefix: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packed_attention(*make_packing([2, 2, 2, 2], (4, 2)), bounds_of([2, 2, 2, 2]), 2, as_index(prefix))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +185,22 @@ def test_paged_errors(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.gpu
-def test_attention_on_the_gpu() -> None:
+@pytest.mark.parametrize("name", dispatch.IMPLEMENTATIONS["packed_attention"])
+@pytest.mark.parametrize(("heads", "size"), [((12, 2), 128), ((7, 1), 64), ((2, 2), 256), ((4, 2), 72)])
+def test_packed_on_the_gpu(name: str, heads: tuple[int, int], size: int) -> None:
+    if name not in dispatch.available("cuda", "packed_attention"):
+        pytest.skip(f"{name} is not available")
+    dispatch.force("packed_attention", name, "cuda")
+    try:
+        for lengths in ([1, 127, 300, 0, 65], [513]):
+            for dtype in (torch.bfloat16, torch.float16):
+                check_accuracy(name, lengths, None, heads, size, dtype, "cuda", repeatable=name == "triton")
+    finally:
+        dispatch.force("packed_attention", "auto", "cuda")
+
+
+@pytest.mark.gpu
+def test_paged_on_the_gpu() -> None:
     lengths = [40, 1, 7, 3, 23, 8, 2]
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
-        q, k, v, bounds = make_heads(lengths, (4, 2), 64, "cuda")
-        halves = [x.detach().to(dtype) for x in (q, k, v)]
-        out = packed_attention(*halves, bounds, 40)
-        expected = by_the_query(*(x.double() for x in halves), lengths)
-        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     check_paged(lengths, [33, 1, 1, 2, 1, 8, 2], (4, 2), "cuda")
     check_paged(lengths, [1] * 7, (4, 2), "cuda")
