@@ -41,7 +41,8 @@ def grouped_logprob(
 
     Results are float64 for float64 inputs, so that gradients can be checked.
     """
-    return _GroupedLogprob.apply(hidden, weight, targets, temperature, entropy, main_grad)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _GroupedLogprob.apply(hidden, weight, targets, temperature, entropy, main_grad, keep)
 
 
 def rows_with_gradient(
@@ -83,9 +84,10 @@ class _GroupedLogprob(torch.autograd.Function):
         temperature: float,
         entropy: bool,
         main_grad: Tensor | None,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         live = (targets != IGNORE).nonzero().squeeze(1)
-        num_kept = _kept_columns(len(live), len(weight)) if any(ctx.needs_input_grad[:2]) else 0
+        num_kept = kept_columns(len(live), len(weight)) if keep else 0
         kept = hidden.new_empty(len(live), num_kept, dtype=_summed_in(hidden))
         form = _whole if len(weight) <= SLICE_COLUMNS else _in_slices
         sums = form(hidden, weight, targets, live, temperature, entropy, kept)
@@ -112,7 +114,7 @@ class _GroupedLogprob(torch.autograd.Function):
         total = (d_weight if ctx.main_grad is None else ctx.main_grad) if need_weight else None
         _backward(hidden, weight, per_row, ctx.temperature, d_rows, total)
         d_hidden = None if d_rows is None else spread_rows(d_rows.to(hidden.dtype), rows, len(hidden))
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 class _Rows(NamedTuple):
@@ -128,13 +130,16 @@ class _Rows(NamedTuple):
 
 
 class _Tiles:
-    """Memory of two tiles, for every tile in turn: fresh memory costs a CPU more than the sums that are made in it."""
+    """Memory for one tile after another: fresh memory costs a CPU more than the sums that are made in it."""
 
     def __init__(self, like: Tensor, numel: int) -> None:
-        self._flat = like.new_empty(2, numel, dtype=_summed_in(like))
+        self._like, self._numel = like, numel
+        self._memory: dict[int, Tensor] = {}
 
     def __call__(self, index: int, rows: int, columns: int) -> Tensor:
-        return self._flat[index, : rows * columns].view(rows, columns)
+        if index not in self._memory:
+            self._memory[index] = self._like.new_empty(self._numel, dtype=_summed_in(self._like))
+        return self._memory[index][: rows * columns].view(rows, columns)
 
 
 def _whole(
@@ -149,8 +154,9 @@ def _whole(
     tiles = _Tiles(hidden, size * num_vocab)
     for place, part in _blocks(live, len(targets), size):
         rows = hidden[part].to(dtype)
-        tile, second = (tiles(index, len(rows), num_vocab) for index in range(2))
-        logprobs = _log_softmax(rows, weight_up, temperature, tile, kept[place] if kept.numel() else second)
+        tile = tiles(0, len(rows), num_vocab)
+        out = kept[place] if kept.numel() else tiles(1, len(rows), num_vocab)
+        logprobs = _log_softmax(rows, weight_up, temperature, tile, out)
         chosen[place] = logprobs.gather(1, targets[part, None]).squeeze(1)
         if entropies is not None:
             entropies[place] = -torch.exp(logprobs, out=tile).mul_(logprobs).sum(1)
@@ -183,6 +189,7 @@ def _in_slices(
                 dot[place] = (dot[place] + total[place] * moved) * moved.exp() + shifted.mul_(power).sum(1)
             total[place] = total[place] * moved.exp() + power.sum(1)
             total_max[place] = new_max
+        del weight_up  # while the next one is cast, this one must not stay
     log_total = total.log()
     log_sum = total_max + log_total
     # Grouped so that a target far below a large maximum loses nothing of the difference.
@@ -208,11 +215,11 @@ def _backward(
         sums = d_slice if d_slice is None or d_slice.dtype == dtype else torch.zeros_like(d_slice, dtype=dtype)
         for place, part in _blocks(rows, len(targets), size):
             x = hidden[part].to(dtype)
-            tile, second = (tiles(index, len(x), len(weight_up)) for index in range(2))
+            tile = tiles(0, len(x), len(weight_up))
             if columns.stop <= kept.shape[1]:
                 logprobs = kept[place, columns]
             elif log_sum is None:
-                logprobs = _log_softmax(x, weight_up, temperature, tile, second)
+                logprobs = _log_softmax(x, weight_up, temperature, tile, tiles(1, len(x), len(weight_up)))
             else:
                 logprobs = torch.addmm(-log_sum[place, None], x, weight_up.t(), alpha=scale, out=tile)
             slope = gain[place, None]
@@ -228,9 +235,11 @@ def _backward(
                 sums.addmm_(d_logits.t(), x, alpha=scale)
         if d_slice is not None and sums is not None and sums is not d_slice:
             d_slice.copy_(sums)
+        del weight_up, sums  # while the next ones are made, these must not stay
 
 
-def _kept_columns(num_rows: int, num_vocab: int) -> int:
+def kept_columns(num_rows: int, num_vocab: int) -> int:
+    """Columns of a vocabulary whose log-probabilities are kept: all, or as many whole slices as there is room for."""
     if num_rows * num_vocab <= KEPT_ELEMENTS:
         return num_vocab
     return KEPT_ELEMENTS // num_rows // SLICE_COLUMNS * SLICE_COLUMNS
