@@ -3,7 +3,8 @@
     python -m groupwise.bench.compile [--out FILE]
 
 Needs no GPU. ``stack`` is bytes a thread and ``shared`` bytes a program; ``spills`` counts loads and stores of spilled
-registers; ``matrix`` counts instructions of the matrix units (HMMA, HGMMA on sm_90, MFMA on gfx942).
+registers; ``matrix`` counts instructions of the matrix units (HMMA, HGMMA on sm_90, MFMA on gfx942) and ``bulk_loads`` those
+that bring a whole tile by a tensor descriptor (UTMALDG on sm_90).
 ``tests/test_triton_aot.py`` compiles the same cases.
 """
 
@@ -13,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +25,14 @@ from triton.compiler import ASTSource
 
 from groupwise.bench import common
 from groupwise.kernels import clamped_delta, logprob, norm, rotary, swiglu
+from groupwise.kernels.tiles import tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Pointers to the inputs' dtype, and to integers; every other pointer is to float32.
@@ -41,11 +45,19 @@ ELEMENTS = {
 INDICES = {"targets": "i64", "counter": "i32"}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
-UNALIGNED = {"num_tokens", "num_blocks", "num_slices", "num_rows", "num_query_heads", "num_key_heads"}
+UNALIGNED = {
+    *("num_tokens", "num_row_tiles", "num_column_tiles", "num_slices", "num_group_tiles"),
+    *("num_blocks", "num_rows", "num_query_heads", "num_key_heads"),
+}
 
 
-class Case(NamedTuple):
-    """A kernel as it is launched: what it is specialised for, and with how many warps and stages."""
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched: what it is specialised for, and with how many warps and stages.
+
+    Attributes:
+        blocks: arguments that are tensor descriptors, each with the shape that one load brings.
+    """
 
     name: str
     kernel: Any
@@ -53,6 +65,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     on_matrix_units: bool = False
+    blocks: dict[str, list[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {self.settings}"
@@ -63,13 +76,14 @@ class Case(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes; bytes of stack a thread, bytes of shared memory a program."""
+    """What a compiled kernel takes; the head of this file says in what units."""
 
     registers: int
     stack: int
     shared: int
     spills: int
     matrix: int
+    bulk_loads: int
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -82,15 +96,29 @@ def cases(target: str) -> Iterator[Case]:
 
 
 def _logprob(target: str) -> Iterator[Case]:
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for entropy in (False, True):
-            for kind, kernel in (("forward", logprob._forward_kernel), ("gradient", logprob._logit_gradient_kernel)):
-                tile = logprob.tiles(kind, dtype, target)
-                constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "ENTROPY": entropy}
-                if kind == "forward":
-                    constants["SLICE"] = logprob.SLICE_COLUMNS
-                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-                yield Case(f"logprob {kind}", kernel, name, constants, options, dtype != torch.float32)
+    kernels = {
+        ("forward", False): logprob._forward_kernel,
+        ("forward", True): logprob._forward_kernel,
+        ("gradient", False): logprob._logit_gradient_kernel,
+        ("entropy gradient", True): logprob._logit_gradient_kernel,
+    }
+    # On sm_90 by descriptors; what those cannot load, and all float32, with the settings of sm_80.
+    ways = (
+        [("bf16", "sm_80"), ("fp32", "sm_80"), ("bf16", "sm_90")]
+        if target == "sm_90"
+        else [("bf16", target), ("fp32", target)]
+    )
+    for dtype, architecture in ways:
+        for (kind, entropy), kernel in kernels.items():
+            tile = tiles(kind, DTYPES[dtype], architecture)
+            descriptors = architecture == "sm_90"
+            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "ENTROPY": entropy}
+            constants["DESCRIPTORS"] = descriptors
+            if kind == "forward":
+                constants |= {"SLICE": logprob.SLICE_COLUMNS, "IGNORED": logprob.IGNORE}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            blocks = {"hidden": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]} if descriptors else {}
+            yield Case(f"logprob {kind}", kernel, dtype, constants, options, dtype == "bf16", blocks)
     for entropy in (False, True):
         yield Case("logprob join", logprob._join_kernel, "fp32", {"ENTROPY": entropy, "ROWS": 128}, {"num_warps": 4})
 
@@ -139,9 +167,11 @@ def compiled(case: Case, target: str) -> Any:
             signature[name] = "i32"
         elif name in FLOATS:
             signature[name] = "fp32"
+        elif name in case.blocks:
+            signature[name] = f"tensordesc<{case.dtype}{case.blocks[name]}>"
         else:
             signature[name] = "*" + INDICES.get(name, case.dtype if name in ELEMENTS else "fp32")
-        if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED:
+        if signature[name][0] in "*i" and name not in UNALIGNED:
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -160,7 +190,8 @@ def measure(case: Case, target: str) -> Usage:
         assembly = _disassembled(binary.asm["cubin"])
         registers, stack = (int(re.findall(rf"{field}:(\d+)", assembly)[0]) for field in ("REG", "STACK"))
         spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
-    return Usage(registers, stack, binary.metadata.shared, spills, len(re.findall(rf"\b{MATRIX[target]}", assembly)))
+    matrix, bulk_loads = (len(re.findall(rf"\b{name}", assembly)) for name in (MATRIX[target], "UTMALDG"))
+    return Usage(registers, stack, binary.metadata.shared, spills, matrix, bulk_loads)
 
 
 def _disassembled(cubin: bytes) -> str:

@@ -248,7 +248,9 @@ class Model(nn.Module):
         hidden = self.model(input_ids, positions, attention)
         if targets is None:
             return hidden
-        return grouped_logprob(hidden, self.output_weight, targets, temperature=temperature, entropy=entropy)
+        weight = self.output_weight
+        main_grad = getattr(weight, "main_grad", None)  # of engine/unit.py
+        return grouped_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy, main_grad=main_grad)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

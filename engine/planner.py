@@ -21,9 +21,8 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..kernels import eager_logprob, logprob
 from ..kernels.dispatch import implementation
-from ..kernels.eager import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
-from ..kernels.logprob import CHUNK_COLUMNS, SLICE_COLUMNS
 from .config import Config, ModelConfig
 from .mesh import Mesh
 from .model import Model
@@ -177,9 +176,11 @@ class _Rank:
         self.r = self.c if settings.reduce_dtype == "compute" else 4
         self.recompute = settings.activation_checkpointing == "block"
         self.late = not settings.reduce_every_microbatch
-        # As in engine/unit.py: the shard serves as the gathered buffer, and in a world of one as the flat gradient.
+        # As in engine/unit.py: the shard serves as the gathered buffer, and in a world of one its gradient as the flat
+        # one; the head adds its gradient to the sum itself.
         self.is_master = layout.num_shards == 1 and self.c == 4 and settings.offload != "all"
-        self.is_alone = self.is_master and num_ranks == 1
+        self.is_alone = num_ranks == 1
+        self.lends = (self.is_alone or self.late) and self.c != 4
         self.reference_is_master = layout.num_shards == 1 and settings.offload == "none"
         elements = sum(layout.part)
         state = {"weights": 4 * elements}  # master, float32
@@ -216,8 +217,12 @@ class _Rank:
 
     @property
     def added(self) -> int:
-        """A CPU adds a sum in bfloat16 to float32 by way of a float32 copy."""
-        return 0 if self.cuda or self.late or self.r == 4 else 4 * self.layout.part[1]
+        """A CPU adds bfloat16 to float32 by way of a float32 copy: of a sum, or of one gradient after another."""
+        if self.cuda or (self.c if self.lends else self.r) == 4:
+            return 0
+        model = self.model
+        matrix = model.hidden_size * max(model.intermediate_size, model.num_attention_heads * model.head_size)
+        return 4 * (matrix if self.lends else self.layout.part[1])
 
     @property
     def passing(self) -> int:
@@ -291,32 +296,45 @@ class _Rank:
 
     @property
     def head_forward(self) -> int:
-        """Log-probabilities: logits of a slice of the rows; in Triton sums of slices of the vocabulary."""
+        """Log-probabilities: logits of a tile, or in Triton sums of slices of the vocabulary."""
         model, T = self.model, self.T
         if self.cuda:
-            return 16 * T * -(-model.vocab_size // SLICE_COLUMNS)
-        up = 0 if self.c == 4 else 4 * model.vocab_size * model.hidden_size  # the head in float32
-        first, second = self.chunks
-        return up + max(2 * first, first + 2 * second)  # logits and their log-softmax; the one before is still there
-
-    @property
-    def chunks(self) -> tuple[int, int]:
-        """Logits in float32 of the first and of the second slice of rows, as kernels/eager.py cuts them."""
-        row = 4 * self.model.vocab_size
-        rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // self.model.vocab_size)
-        return row * min(self.T, rows), row * max(0, min(self.T - rows, rows))
+            return 16 * T * -(-model.vocab_size // logprob.SLICE_COLUMNS)
+        return self.slice_up + self.tile * (2 if self.is_whole else 1)  # whole rows: their log-softmax too
 
     @property
     def head_backward(self) -> int:
         """The same with gradients: of the head, of its input, and of a chunk of logits."""
         model, c, T = self.model, self.c, self.T
-        head = model.vocab_size * model.hidden_size
-        if self.cuda:  # input rows chosen and their gradient in float32, twice while it is added to
-            return c * head + T * model.hidden_size * (4 + 4 + c) + c * T * min(CHUNK_COLUMNS, model.vocab_size)
-        up, down = (0, 0) if c == 4 else (4 * head, c * head)  # the head in float32; its gradient, cast at the end
-        first, second = self.chunks
-        logits = max(4 * first, 3 * first + 2 * second, 2 * (second or first) + down)  # slope and gradient; likewise
-        return 4 * head + up + c * T * model.hidden_size + logits
+        head = 0 if self.lends else c * model.vocab_size * model.hidden_size
+        if self.cuda:  # input rows chosen, and their gradient in float32
+            chunk = c * T * min(logprob.CHUNK_COLUMNS, model.vocab_size)
+            return head + T * model.hidden_size * (c + 4) + chunk
+        sums = 0 if self.lends else self.slice_up  # of a slice of the head, cast at the end
+        kept = T * eager_logprob.kept_columns(T, model.vocab_size)
+        forward = 4 * kept + self.slice_up + self.tile * (1 if self.is_whole and kept else 2)  # with the entropy
+        tiles = self.tile
+        if self.is_whole:
+            tiles = min(4 * kept, 2 * eager_logprob.KEPT_ELEMENTS) if kept else 2 * self.tile
+        return max(forward, head + 4 * T * model.hidden_size + self.slice_up + sums + 4 * kept + tiles)
+
+    @property
+    def is_whole(self) -> bool:
+        """On a CPU: rows of logits are not cut."""
+        return self.model.vocab_size <= eager_logprob.SLICE_COLUMNS
+
+    @property
+    def tile(self) -> int:
+        """Logits of a CPU's tile, in float32."""
+        width = min(self.model.vocab_size, eager_logprob.SLICE_COLUMNS)
+        return 4 * width * min(self.T, eager_logprob.TILE_ELEMENTS // width)
+
+    @property
+    def slice_up(self) -> int:
+        """A slice of the head in float32."""
+        return (
+            0 if self.c == 4 else 4 * self.model.hidden_size * min(self.model.vocab_size, eager_logprob.SLICE_COLUMNS)
+        )
 
     # Moments of the phases -------------------------------------------------------------------------------------
 
@@ -364,7 +382,11 @@ class _Rank:
         layers, stream = model.num_hidden_layers, c * self.T * model.hidden_size
         table = c * model.vocab_size * model.hidden_size  # of the head, or of the embedding
         root, block = c * self.layout.whole[0], c * self.layout.whole[1]  # whole gradients
-        tied = table if model.tie_word_embeddings else 0  # until it is added to the embedding's
+        if self.lends and not model.tie_word_embeddings:
+            root -= table
+        head = 0 if self.lends else table
+        table_up = 4 * model.vocab_size * model.hidden_size if self.lends and not self.cuda else 0  # as in added
+        tied = head if model.tie_word_embeddings else 0  # until it is added to the embedding's
         keeps_blocks = not self.config.optimizer.reshard_after_forward
         sums = min(2, self.layout.num_copies)  # under way at a time: over the shards, and over the copies
         moments = [
@@ -376,7 +398,7 @@ class _Rank:
         ]
         for done in range(min(3, layers)):  # blocks whose backward pass is over
             left = layers - done
-            under_way = table + min(done, sums) * self.flat(1)
+            under_way = head + min(done, sums) * self.flat(1)
             for activations, gradients in self.block_backward:
                 moments.append(
                     {
@@ -389,7 +411,7 @@ class _Rank:
                 moments.append(
                     {
                         "gather buffers": self.gathered(left if keeps_blocks else 1),
-                        "reduce buffers": under_way + block + (self.added if done > 1 else 0),
+                        "reduce buffers": under_way + block + (self.added if done > 1 or self.lends else 0),
                         "activations": left * self.kept + stream,
                     }
                 )
@@ -400,7 +422,7 @@ class _Rank:
                 "activations": stream,
             },
             {"gather buffers": self.gathered(0), "reduce buffers": root + block + min(sums, layers) * self.flat(1)},
-            {"reduce buffers": root + self.flat(0) + min(sums, layers) * self.flat(1)},
+            {"reduce buffers": root + self.flat(0) + min(sums, layers) * self.flat(1) + table_up},
             {"update copies": self.update_copies},
         ]
         return [self.held | {"gradients": self.gradients} | moment for moment in moments]

@@ -235,6 +235,7 @@ class ShardedModel(nn.Module):
         if self._grad_forward:
             self._serial += 1
             self._pending = False
+            self._root.lend_sums()
         for unit in self._all:
             unit.free()  # what an earlier forward left whole may be older than the master
         self._next, self._latest = 0, -1

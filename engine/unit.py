@@ -6,6 +6,7 @@ A unit knows how to become whole, to be freed and to reduce its gradient; when i
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,7 @@ class Unit:
         self.flat = self.shard.data if self.is_master else empty
         self.parameters = [self._become_view(slot, sources[slot.name]) for slot in slots]
         self.replaced = {old: new for (_, old), new in zip(parameters, self.parameters, strict=True) if old is not new}
-        self._is_alone = self.is_master and mesh.world_size == 1  # then gradients go straight to the shard
+        self._is_alone = mesh.world_size == 1  # then gradients go straight to the shard
         self.pinned = self.is_master
         self.is_whole = True
         self._gathering: dist.Work | None = None
@@ -197,8 +198,24 @@ class Unit:
 
     # Gradients -------------------------------------------------------------------------------------------------
 
+    def lend_sums(self) -> None:
+        """Where whole gradients are summed here, show each parameter its part of the sum so far, as ``main_grad``.
+
+        Who computes a gradient may add it there, as the log-probability does with that of its weight: then it is
+        neither rounded for each micro-batch nor held a second time. In float32 nothing is rounded, and gradients are
+        left to be added in autograd's order. In the first micro-batch of a step there is no sum yet: its buffer would
+        stand beside all activations, where the gradient alone takes less; later ones begin beside all sums anyway.
+        """
+        if self.precision.compute != torch.float32:
+            self._show(self.shard.grad if self._is_alone else self._unreduced)
+
+    def _show(self, flat: torch.Tensor | None) -> None:
+        for slot, parameter in zip(self.shard.slots, self.parameters, strict=True):
+            cast(Any, parameter).main_grad = None if flat is None else self._view(flat, slot)
+
     def start_reduce(self, reduce: bool = True) -> None:
         """Begin to sum the gradients over the ranks; without ``reduce`` keep them whole, for a later sum."""
+        self._show(None)
         if self._is_alone:
             self.shard.grad = self._collect(self.shard.grad, torch.float32)
             return
@@ -269,6 +286,7 @@ class Unit:
 
     def drop_gradient(self) -> None:
         """Forget every gradient, reduced or not."""
+        self._show(None)
         self.shard.grad = self._unreduced = self._scattering = self._summing = None
         for parameter in self.parameters:
             parameter.grad = None

@@ -1,6 +1,6 @@
 """Which implementation serves an operation on a device; the only place that knows what is installed.
 
-Triton has no wheel for some platforms; there ``triton`` and ``tl`` are None, :func:`jit` leaves a kernel as it is, and
+Triton has no wheel for some platforms; there ``triton``, ``tl`` and ``TensorDescriptor`` are None, :func:`jit` leaves a kernel as it is, and
 the eager forms serve.
 """
 
@@ -17,8 +17,9 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 # What can serve each operation, the best first; the last serves every device.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {

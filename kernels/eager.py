@@ -5,124 +5,15 @@ Shapes: T tokens, H hidden, V vocabulary, D head size. Attention stands in a fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .eager_attention import masked_attention as masked_attention
 from .eager_attention import packed_attention as packed_attention
 from .eager_attention import paged_attention as paged_attention
-
-IGNORE = -100
-
-# Logits that exist at one time: 16 MiB in float32. Up to this size a backward pass keeps them instead of recomputing.
-CHUNK_ELEMENTS = 1 << 22
-# Fewer rows than this would read the whole output weight for next to no arithmetic.
-MIN_CHUNK_ROWS = 16
-
-
-def grouped_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target under softmax(hidden @ weight.T / temperature), over bounded chunks of rows.
-
-    Args:
-        hidden: [T,H] floating point.
-        weight: [V,H] of the same dtype.
-        targets: [T] int64 in [0,V), or -100 for a row that counts for nothing: 0 and no gradient.
-        temperature: divides the logits; positive.
-        entropy: also return the entropy of each row's distribution, in nats, differentiable too.
-        chunk_elements: logits computed at one time; rows a chunk depend on V alone.
-
-    Returns:
-        (logprob [T], entropy [T] or None), float32 (float64 for float64 inputs, so that gradients can be checked).
-    """
-    return _GroupedLogprob.apply(hidden, weight, targets, temperature, entropy, chunk_elements)
-
-
-class _GroupedLogprob(torch.autograd.Function):
-    """Keeps the log-probabilities when they fit in one chunk, recomputes them chunk by chunk otherwise."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool, chunk: int
-    ) -> tuple[Tensor, Tensor | None]:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprob = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
-        entropies = torch.zeros_like(logprob) if entropy else None
-        live = (targets != IGNORE).nonzero().squeeze(1)
-        weight_up = weight.to(dtype)
-        rows = max(MIN_CHUNK_ROWS, chunk // weight.shape[0])
-        kept = None
-        for part in _parts(live, len(targets), rows):
-            logprobs = _logprobs(hidden[part].to(dtype), weight_up, temperature)
-            logprob[part] = logprobs.gather(1, targets[part, None]).squeeze(1)
-            if entropies is not None:
-                entropies[part] = _entropy(logprobs)
-            kept = logprobs if len(live) <= rows and any(ctx.needs_input_grad[:2]) else None
-        ctx.save_for_backward(hidden, weight, targets, live, entropies, kept)
-        ctx.temperature, ctx.rows = temperature, rows
-        return logprob, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, live, entropies, kept = ctx.saved_tensors
-        if entropies is None:
-            d_entropy = None
-        incoming = d_logprob if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
-        chosen = incoming[live].nonzero().squeeze(1)  # a row without an incoming gradient has none to give
-        if kept is not None and len(chosen) < len(live):
-            kept = kept[chosen]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
-        weight_up = weight.to(dtype)
-        for part in _parts(live[chosen], len(targets), ctx.rows):
-            rows = hidden[part].to(dtype)
-            logprobs = _logprobs(rows, weight_up, ctx.temperature) if kept is None else kept
-            gain = d_logprob[part, None].to(dtype)
-            slope = gain
-            if d_entropy is not None:
-                slope = gain + d_entropy[part, None] * (logprobs + entropies[part, None])
-            d_logits = logprobs.exp().mul_(-slope)
-            d_logits.scatter_add_(1, targets[part, None], gain)
-            if d_hidden is not None:
-                d_hidden[part] = _product(d_logits, weight_up, ctx.temperature).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), rows, alpha=1.0 / ctx.temperature)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
-
-
-def _parts(index: Tensor, total: int, size: int) -> Iterator[Any]:
-    """Chunks of a row index; slices, which copy nothing, where the index is all ``total`` rows."""
-    if len(index) < total:
-        return iter(index.split(size))
-    return (slice(start, start + size) for start in range(0, total, size))
-
-
-def _product(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """a @ b / temperature, the division done inside the product."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=1.0 / temperature)
-
-
-def _logprobs(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:  # [C,H], [V,H] -> [C,V]
-    return torch.log_softmax(_product(rows, weight.t(), temperature), dim=1)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:  # [C,V] -> [C]
-    return -(logprobs.exp() * logprobs).sum(1)
+from .eager_logprob import IGNORE as IGNORE
+from .eager_logprob import grouped_logprob as grouped_logprob
 
 
 def clamped_delta_loss(

@@ -11,7 +11,6 @@ nothing is added atomically: a result is the same to the bit in every run.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,96 +18,85 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import jit, tl, triton, triton_serves
-from .eager import IGNORE
+from .dispatch import TensorDescriptor, jit, tl, triton, triton_serves
+from .eager_logprob import IGNORE, rows_with_gradient, spread_rows
+from .tiles import architecture_of, tiles
 
 # Columns of a forward slice. Partial results take 16 bytes a token and slice: 4.9 MB at T 8,192 and V 152,064.
 SLICE_COLUMNS = 4096
 # Columns of logits whose gradient exists at one time: 64 MiB in bf16 at T 8,192.
 CHUNK_COLUMNS = 4096
+# Bytes of hidden rows that programs side by side share, half of the 50 MB of an H200's second-level cache. All slices of
+# the weight pass one such group of rows, then the next. At T 8,192, H 3,584 and V 152,064 three groups read the weight
+# (1.09 GB) three times: 0.8 ms of memory traffic beside 11.3 ms of arithmetic. Without groups 132 programs would hold
+# 2 slices and all rows (58.7 MB, more than the cache keeps) and read them again for each of 297 steps: 17 GB, 4 ms.
+CACHED_ROW_BYTES = 24 << 20
 
 
-class Tiles(NamedTuple):
-    """Sizes of one program's tile and how it is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-# bf16 and float16, by kernel and architecture, never by T. Chosen as the largest that spill no register.
-TILES = {
-    ("forward", "sm_90"): Tiles(128, 256, 64, 8, 3),
-    ("gradient", "sm_90"): Tiles(128, 128, 64, 8, 3),
-    ("forward", "sm_80"): Tiles(128, 128, 64, 8, 3),
-    ("gradient", "sm_80"): Tiles(128, 128, 64, 8, 3),
-    ("forward", "gfx942"): Tiles(128, 128, 64, 8, 2),
-    ("gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
-}
-# Multiplied without tensor cores.
-FLOAT32_TILES = Tiles(64, 64, 16, 8, 2)
-# The interpreter's time goes by operations, not by elements.
-INTERPRETER_TILES = Tiles(32, 512, 64, 4, 1)
-
-
-def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
-    """Settings of "forward" or "gradient" on "sm_90", "sm_80" (also what lies between), "gfx942" or "cpu"."""
-    if architecture == "cpu":
-        return INTERPRETER_TILES
-    return FLOAT32_TILES if dtype == torch.float32 else TILES[kernel, architecture]
-
-
-@cache
-def _architecture(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    if torch.version.hip is not None:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+@jit
+def _place(num_row_tiles, num_columns, num_group_tiles):  # type: ignore[no-untyped-def]
+    """This program's row tile and its slice (or tile) of the columns; see CACHED_ROW_BYTES for their order."""
+    program = tl.program_id(0)
+    num_group_programs = num_group_tiles * num_columns
+    first = program // num_group_programs * num_group_tiles
+    size = tl.minimum(num_row_tiles - first, num_group_tiles)
+    inside = program % num_group_programs
+    return first + inside % size, inside // size
 
 
 @jit
 def _logits_tile(  # type: ignore[no-untyped-def]
-    hidden, weight, rows, columns, num_tokens, column_end, num_hidden, scale,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    hidden, weight, first_row, first_column, num_tokens, column_end, num_hidden, scale,
+    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Scaled logits [ROWS, COLUMNS] in float32; rows and columns outside read as zero vectors."""
-    depth = tl.arange(0, DEPTH)
-    hidden_at = hidden + rows.to(tl.int64)[:, None] * num_hidden + depth[None, :]
-    weight_at = weight + columns.to(tl.int64)[None, :] * num_hidden + depth[:, None]
-    row_in = (rows < num_tokens)[:, None]
-    column_in = (columns < column_end)[None, :]
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(0, num_hidden, DEPTH):
-        inside = depth < num_hidden - start
-        a = tl.load(hidden_at + start, mask=row_in & inside[None, :], other=0.0)
-        b = tl.load(weight_at + start, mask=column_in & inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if DESCRIPTORS:
+        for start in range(0, num_hidden, DEPTH):
+            a = hidden.load([first_row, start])
+            b = weight.load([first_column, start])
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    else:
+        rows = first_row + tl.arange(0, ROWS)
+        columns = first_column + tl.arange(0, COLUMNS)
+        depth = tl.arange(0, DEPTH)
+        hidden_at = hidden + rows.to(tl.int64)[:, None] * num_hidden + depth[None, :]
+        weight_at = weight + columns.to(tl.int64)[None, :] * num_hidden + depth[:, None]
+        row_in = (rows < num_tokens)[:, None]
+        column_in = (columns < column_end)[None, :]
+        for start in range(0, num_hidden, DEPTH):
+            inside = depth < num_hidden - start
+            a = tl.load(hidden_at + start, mask=row_in & inside[None, :], other=0.0)
+            b = tl.load(weight_at + start, mask=column_in & inside[:, None], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc * scale
 
 
 @jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, targets, part_max, part_sum, part_dot, part_target, num_tokens, num_vocab, num_hidden, scale,
-    SLICE: tl.constexpr, ENTROPY: tl.constexpr,
+    hidden, weight, targets, part_max, part_sum, part_dot, part_target,
+    num_tokens, num_vocab, num_hidden, num_row_tiles, num_slices, num_group_tiles, scale,
+    SLICE: tl.constexpr, ENTROPY: tl.constexpr, IGNORED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by one slice of the vocabulary -> its part of the sums, [S,T] each."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slice_id = tl.program_id(1)
+    row_tile, slice_id = _place(num_row_tiles, num_slices, num_group_tiles)
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
     begin = slice_id * SLICE
     end = tl.minimum(begin + SLICE, num_vocab)
     row_in = rows < num_tokens
-    target = tl.load(targets + rows, mask=row_in, other=-1)
+    target = tl.load(targets + rows, mask=row_in, other=IGNORED)
+    end = tl.where(tl.max(target, axis=0) == IGNORED, begin, end)  # nothing to do for rows without a target
     running_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     running_sum = tl.zeros([ROWS], dtype=tl.float32)
     running_dot = tl.zeros([ROWS], dtype=tl.float32)
     target_logit = tl.zeros([ROWS], dtype=tl.float32)
     for first in range(begin, end, COLUMNS):
+        logits = _logits_tile(
+            hidden, weight, row_tile * ROWS, first, num_tokens, end, num_hidden, scale,
+            DESCRIPTORS, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
         columns = first + tl.arange(0, COLUMNS)
-        logits = _logits_tile(hidden, weight, rows, columns, num_tokens, end, num_hidden, scale, DEPTH, ROWS, COLUMNS)
         is_target = columns[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
         logits = tl.where((columns < end)[None, :], logits, float("-inf"))
@@ -171,33 +159,73 @@ def _join_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _logit_gradient_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, targets, log_sum, entropy, d_logprob, d_entropy, d_logits,
-    num_tokens, column_begin, column_end, num_hidden, scale, d_logits_stride,
-    ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    num_tokens, column_begin, column_end, num_hidden, num_row_tiles, num_column_tiles, num_group_tiles, scale,
+    d_logits_stride,
+    ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Logits of a chunk of the vocabulary again -> their gradient x scale, [T,C] in the products' dtype."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = column_begin + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_tile, column_tile = _place(num_row_tiles, num_column_tiles, num_group_tiles)
+    first_column = column_begin + column_tile * COLUMNS
+    rows = row_tile * ROWS + tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
     row_in = rows < num_tokens
     logits = _logits_tile(
-        hidden, weight, rows, columns, num_tokens, column_end, num_hidden, scale, DEPTH, ROWS, COLUMNS
-    )
+        hidden, weight, row_tile * ROWS, first_column, num_tokens, column_end, num_hidden, scale,
+        DESCRIPTORS, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     target = tl.load(targets + rows, mask=row_in, other=-1)
     gain = tl.load(d_logprob + rows, mask=row_in, other=0.0)
     logprobs = logits - tl.load(log_sum + rows, mask=row_in, other=0.0)[:, None]
-    slope = tl.zeros([ROWS, COLUMNS], dtype=tl.float32) + gain[:, None]
     if ENTROPY:
         spread = tl.load(entropy + rows, mask=row_in, other=0.0)
-        slope += tl.load(d_entropy + rows, mask=row_in, other=0.0)[:, None] * (logprobs + spread[:, None])
+        tilt = tl.load(d_entropy + rows, mask=row_in, other=0.0)
+        slope = (gain + tilt * spread)[:, None] + tilt[:, None] * logprobs
+    else:
+        slope = gain[:, None]
     gradient = tl.where(columns[None, :] == target[:, None], gain[:, None], 0.0) - tl.exp(logprobs) * slope
     at = d_logits + rows.to(tl.int64)[:, None] * d_logits_stride + (columns - column_begin)[None, :]
     inside = row_in[:, None] & (columns < column_end)[None, :]
     tl.store(at, (gradient * scale).to(d_logits.dtype.element_ty), mask=inside)
 
 
+class _Plan(NamedTuple):
+    """How a kernel reads hidden rows and weight, and in what order its programs run."""
+
+    hidden: Any  # the tensor, or its descriptor
+    weight: Any
+    num_row_tiles: int
+    num_group_tiles: int
+    num_columns: int  # of a tile
+    options: dict[str, int]
+
+
+def _plan(kernel: str, hidden: Tensor, weight: Tensor) -> _Plan:
+    architecture = architecture_of(hidden.device)
+    descriptors = by_descriptors(hidden, weight, architecture)
+    tile = tiles(kernel, hidden.dtype, "sm_80" if architecture == "sm_90" and not descriptors else architecture)
+    options = dict(zip(("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages"), tile, strict=True))
+    a: Any = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]) if descriptors else hidden
+    b: Any = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if descriptors else weight
+    num_row_tiles = triton.cdiv(len(hidden), tile.rows)
+    num_groups = triton.cdiv(hidden.numel() * hidden.element_size(), CACHED_ROW_BYTES)
+    num_group_tiles = triton.cdiv(num_row_tiles, num_groups)
+    return _Plan(a, b, num_row_tiles, num_group_tiles, tile.columns, options | {"DESCRIPTORS": descriptors})
+
+
+def by_descriptors(hidden: Tensor, weight: Tensor, architecture: str) -> bool:
+    """Whether tiles are brought whole by descriptors (Hopper's tensor memory accelerator) or piece by piece by pointers.
+
+    Descriptors need addresses and rows at multiples of 16 bytes. The interpreter knows both ways.
+    """
+    aligned = all(x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0 for x in (hidden, weight))
+    return aligned and (architecture == "cpu" or (architecture == "sm_90" and hidden.dtype != torch.float32))
+
+
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logprob, log-sum-exp, entropy or None), [T] float32 each."""
+    """(logprob, log-sum-exp, entropy or None), [T] float32 each; NaN where a whole tile of rows has no target."""
     num_tokens, num_hidden = hidden.shape
     num_vocab = weight.shape[0]
     device = hidden.device
@@ -210,12 +238,11 @@ def _forward(
     parts = torch.empty(4 if entropy else 3, num_slices, num_tokens, dtype=torch.float32, device=device)
     part_max, part_sum, part_target = parts[:3]
     part_dot = parts[-1]
-    tile = tiles("forward", hidden.dtype, _architecture(device))
-    _forward_kernel[(triton.cdiv(num_tokens, tile.rows), num_slices)](
-        hidden, weight, targets, part_max, part_sum, part_dot, part_target,
-        num_tokens, num_vocab, num_hidden, 1.0 / temperature,
-        SLICE=SLICE_COLUMNS, ENTROPY=entropy, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    plan = _plan("forward", hidden, weight)
+    _forward_kernel[(plan.num_row_tiles * num_slices,)](
+        plan.hidden, plan.weight, targets, part_max, part_sum, part_dot, part_target,
+        num_tokens, num_vocab, num_hidden, plan.num_row_tiles, num_slices, plan.num_group_tiles, 1.0 / temperature,
+        SLICE=SLICE_COLUMNS, ENTROPY=entropy, IGNORED=IGNORE, **plan.options,
     )  # fmt: skip
     _join_kernel[(triton.cdiv(num_tokens, 128),)](
         part_max, part_sum, part_dot, part_target, logprob, log_sum, logprob if entropies is None else entropies,
@@ -225,36 +252,35 @@ def _forward(
 
 
 def _backward(
-    hidden: Tensor, weight: Tensor, per_row: list[Any], temperature: float, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden (summed in float32, in the order of the vocabulary) and weight (each row written once).
+    hidden: Tensor, weight: Tensor, per_row: list[Any], temperature: float,
+    d_hidden: Tensor | None, d_weight: Tensor | None, main_grad: Tensor | None,
+) -> None:  # fmt: skip
+    """Add the gradient of hidden to d_hidden, in the order of the vocabulary, and that of weight to main_grad.
 
+    Or write that of weight to d_weight, each row once. The first two are float32, d_weight is of weight's dtype.
     ``per_row``: targets, log-sum-exp, entropy or None, and the gradients of logprob and of entropy or None, [T] each.
     """
     targets, log_sum, entropies, d_logprob, d_entropy = per_row
     num_tokens, num_hidden = hidden.shape
     num_vocab = weight.shape[0]
-    d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
-    d_weight = torch.zeros_like(weight) if need_weight else None
-    if num_tokens == 0:
-        return d_hidden, d_weight
-    tile = tiles("gradient", hidden.dtype, _architecture(hidden.device))
+    plan = _plan("gradient" if d_entropy is None else "entropy gradient", hidden, weight)
     chunk = hidden.new_empty(num_tokens, min(CHUNK_COLUMNS, num_vocab))
     for begin in range(0, num_vocab, CHUNK_COLUMNS):
         end = min(begin + CHUNK_COLUMNS, num_vocab)
-        _logit_gradient_kernel[(triton.cdiv(num_tokens, tile.rows), triton.cdiv(end - begin, tile.columns))](
-            hidden, weight, targets, log_sum, log_sum if entropies is None else entropies, d_logprob,
+        num_column_tiles = triton.cdiv(end - begin, plan.num_columns)
+        _logit_gradient_kernel[(plan.num_row_tiles * num_column_tiles,)](
+            plan.hidden, plan.weight, targets, log_sum, log_sum if entropies is None else entropies, d_logprob,
             d_logprob if d_entropy is None else d_entropy, chunk,
-            num_tokens, begin, end, num_hidden, 1.0 / temperature, chunk.stride(0),
-            ENTROPY=d_entropy is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_tokens, begin, end, num_hidden, plan.num_row_tiles, num_column_tiles, plan.num_group_tiles,
+            1.0 / temperature, chunk.stride(0), ENTROPY=d_entropy is not None, **plan.options,
         )  # fmt: skip
         d_logits = chunk[:, : end - begin]
         if d_hidden is not None:
             _add_product(d_hidden, d_logits, weight[begin:end])
-        if d_weight is not None:
+        if main_grad is not None:
+            _add_product(main_grad[begin:end], d_logits.t(), hidden)
+        elif d_weight is not None:
             torch.mm(d_logits.t(), hidden, out=d_weight[begin:end])
-    return d_hidden, d_weight
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -262,48 +288,64 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         out.addmm_(a, b)
     elif a.is_cuda:
-        out += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float())
 
 
 class GroupedLogprob(torch.autograd.Function):
-    """The Triton form. Rows without a target, and in the backward pass rows without a gradient, are left out."""
+    """The Triton form. Rows without a gradient are left out of the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         live = targets != IGNORE
         logprob, log_sum, entropies = _forward(hidden, weight, targets, temperature, entropy)
         logprob = logprob.where(live, 0.0)
         entropies = None if entropies is None else entropies.where(live, 0.0)
         ctx.save_for_backward(hidden, weight, targets, log_sum, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.main_grad = temperature, main_grad  # which is there to be changed: no saved tensor
+        ctx.set_materialize_grads(False)
         return logprob, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, *per_row = ctx.saved_tensors
-        per_row += [d_logprob, d_entropy if per_row[2] is not None else None]
-        targets, d_logprob, d_entropy = per_row[0], per_row[3], per_row[4]
-        incoming = d_logprob != 0 if d_entropy is None else (d_logprob != 0) | (d_entropy != 0)
-        live = (incoming & (targets != IGNORE)).nonzero().squeeze(1)
-        some_hidden = hidden
-        if len(live) < len(hidden):
-            some_hidden, *per_row = (None if x is None else x[live] for x in (hidden, *per_row))
-        per_row = [None if x is None else x.contiguous() for x in per_row]
+    def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_sum, entropies = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_rows, d_weight = _backward(some_hidden, weight, per_row, ctx.temperature, need_hidden, need_weight)
-        d_hidden = None if d_rows is None else d_rows.to(hidden.dtype)
-        if d_hidden is not None and len(live) < len(hidden):
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, live, d_hidden)
-        return d_hidden, d_weight, None, None, None
+        rows = rows_with_gradient(targets, d_logprob, d_entropy)
+        d_logprob = torch.zeros_like(log_sum) if d_logprob is None else d_logprob
+        per_row = [targets, log_sum, entropies, d_logprob, d_entropy]
+        some_hidden = hidden
+        if len(rows) < len(hidden):
+            some_hidden, *per_row = (None if x is None else x[rows] for x in (hidden, *per_row))
+        per_row = [None if x is None else x.contiguous() for x in per_row]
+        d_rows = torch.zeros(some_hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        main_grad = ctx.main_grad if need_weight else None
+        d_weight = torch.empty_like(weight) if need_weight and main_grad is None else None
+        if len(rows):
+            _backward(some_hidden, weight, per_row, ctx.temperature, d_rows, d_weight, main_grad)
+        elif d_weight is not None:
+            d_weight.zero_()
+        d_hidden = None if d_rows is None else spread_rows(d_rows.to(hidden.dtype), rows, len(hidden))
+        return d_hidden, d_weight, None, None, None, None
 
 
 def grouped_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), without a [T,V] tensor.
 
@@ -315,6 +357,8 @@ def grouped_logprob(
         targets: [T] int64 in [0,V), or -100 for a row that counts for nothing: results 0, no gradient.
         temperature: divides the logits; positive.
         entropy: also return the entropy of each row's distribution, in nats.
+        main_grad: [V,H] float32, as Megatron-LM names it: the backward pass adds the gradient of weight to it, summed
+            in float32, and weight itself gets none. So it is not rounded for each micro-batch, nor held twice.
 
     Returns:
         (logprob [T], entropy [T] or None), float32.
@@ -323,15 +367,15 @@ def grouped_logprob(
         ValueError: shapes, dtypes or devices that do not fit together, a target out of range, a temperature that is
             not a positive number.
     """
-    _check(hidden, weight, targets, temperature)
+    _check(hidden, weight, targets, temperature, main_grad)
     if triton_serves("grouped_logprob", hidden):
         return GroupedLogprob.apply(
-            hidden.contiguous(), weight.contiguous(), targets.contiguous(), temperature, entropy
+            hidden.contiguous(), weight.contiguous(), targets.contiguous(), temperature, entropy, main_grad
         )
-    return eager.grouped_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy)
+    return eager.grouped_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy, main_grad=main_grad)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, main_grad: Tensor | None) -> None:
     shapes = f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
     if hidden.dim() != 2 or weight.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -352,6 +396,17 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         raise ValueError(
             f"grouped_logprob: hidden, weight and targets are on {hidden.device}, {weight.device} and "
             f"{targets.device}; move them to one device"
+        )
+    if main_grad is not None and (
+        main_grad.shape != weight.shape
+        or main_grad.dtype != torch.float32
+        or main_grad.device != weight.device
+        or weight.dtype == torch.float64
+    ):
+        raise ValueError(
+            f"grouped_logprob: main_grad is {main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}, for a "
+            f"weight of {weight.dtype} {list(weight.shape)} on {weight.device}; expected float32, the weight's shape "
+            "and device, and no float64 weight"
         )
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"grouped_logprob: temperature is {temperature}; expected a positive number")

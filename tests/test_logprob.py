@@ -72,17 +72,17 @@ def eager_form(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     return eager.grouped_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy)
 
 
-def chunked_form(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Any:
-    return eager.grouped_logprob(hidden, weight, targets, temperature=temperature, entropy=entropy, chunk_elements=1)
+def triton_form(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Any:
+    return GroupedLogprob.apply(hidden, weight, targets, temperature, entropy, None)
 
 
 def check_triton(shape: tuple[int, int, int], dtype: torch.dtype, temperature: float, entropy: bool) -> None:
     assert implementation("cpu", "grouped_logprob") == "triton"
-    as_accurate_as_plain(GroupedLogprob.apply, make_inputs(*shape, dtype), temperature, entropy)
+    as_accurate_as_plain(triton_form, make_inputs(*shape, dtype), temperature, entropy)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", [eager_form, chunked_form])
+@pytest.mark.parametrize("form", [eager_form])
 @pytest.mark.parametrize(("temperature", "entropy"), [(1.0, False), (0.7, True)])
 def test_eager_values_and_gradients(shape: Any, form: Any, temperature: float, entropy: bool) -> None:
     as_accurate_as_plain(form, make_inputs(*shape), temperature, entropy)
@@ -112,7 +112,7 @@ def check_extremes(form: Any) -> None:
 
 def test_extreme_logits() -> None:
     check_extremes(eager_form)
-    interpreted(check_extremes, GroupedLogprob.apply)
+    interpreted(check_extremes, triton_form)
 
 
 def check_nothing_to_do(form: Any) -> None:
@@ -127,16 +127,14 @@ def check_nothing_to_do(form: Any) -> None:
 
 def test_all_ignored_and_no_tokens() -> None:
     check_nothing_to_do(eager_form)
-    interpreted(check_nothing_to_do, GroupedLogprob.apply)
+    interpreted(check_nothing_to_do, triton_form)
 
 
 def test_gradients_by_finite_differences() -> None:
     hidden, weight, targets, *_ = make_inputs(6, 5, 11, torch.float64)
     for chunk in (1, 1 << 20):
         assert torch.autograd.gradcheck(
-            lambda h, w, chunk=chunk: eager.grouped_logprob(
-                h, w, targets, temperature=1.4, entropy=True, chunk_elements=chunk
-            ),
+            lambda h, w, chunk=chunk: eager.grouped_logprob(h, w, targets, temperature=1.4, entropy=True),
             (hidden.requires_grad_(), weight.requires_grad_()),
         )
 
@@ -157,7 +155,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_vocabulary() -> None:
     hidden, weight, targets, *_ = make_inputs(128, 4, 2000)
     with LargestTensor() as largest:
-        logprob, _ = eager.grouped_logprob(hidden.requires_grad_(), weight, targets, chunk_elements=1 << 16)
+        logprob, _ = eager.grouped_logprob(hidden.requires_grad_(), weight, targets)
         logprob.sum().backward()
     assert 1 << 15 < largest.numel <= 1 << 16
 
@@ -165,11 +163,11 @@ def test_no_tensor_of_tokens_by_vocabulary() -> None:
 def check_repeatable() -> None:
     hidden, weight, targets, *_ = make_inputs(70, 24, 5000)
     targets[:] = targets.clamp(min=0)
-    whole, repeated = (GroupedLogprob.apply(hidden, weight, targets, 1.0, False)[0] for _ in range(2))
+    whole, repeated = (triton_form(hidden, weight, targets, 1.0, False)[0] for _ in range(2))
     assert torch.equal(whole, repeated)
     # How the work is cut depends on V alone: a row's result is that of the row on its own.
     for rows in (slice(0, 1), slice(5, 40)):
-        part, _ = GroupedLogprob.apply(hidden[rows], weight, targets[rows], 1.0, False)
+        part, _ = triton_form(hidden[rows], weight, targets[rows], 1.0, False)
         assert torch.equal(part, whole[rows])
 
 

@@ -15,3 +15,4 @@ def test_spills_nothing_and_uses_the_matrix_units(case: Any, target: str) -> Non
     usage = measure(case, target)
     assert usage.stack == usage.spills == 0
     assert usage.matrix or not case.on_matrix_units
+    assert bool(usage.bulk_loads) == bool(case.blocks)

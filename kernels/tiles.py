@@ -1,0 +1,56 @@
+"""Sizes of the tiles of the log-probability's kernels, by architecture and dtype, never by the number of tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Sizes of one program's tile and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# bf16 and float16, by kernel and architecture, never by T. Chosen as the largest that spill no register with any
+# Triton from 3.6 to 3.9; not yet measured on a GPU.
+TILES = {
+    ("forward", "sm_90"): Tiles(128, 256, 64, 8, 3),
+    ("gradient", "sm_90"): Tiles(128, 256, 64, 8, 3),
+    ("entropy gradient", "sm_90"): Tiles(128, 128, 64, 8, 3),
+    ("forward", "sm_80"): Tiles(128, 128, 32, 8, 4),
+    ("gradient", "sm_80"): Tiles(128, 128, 64, 8, 3),
+    ("entropy gradient", "sm_80"): Tiles(128, 128, 64, 8, 3),
+    ("forward", "gfx942"): Tiles(128, 128, 64, 8, 2),
+    ("gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
+    ("entropy gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
+}
+# Multiplied without tensor cores.
+FLOAT32_TILES = Tiles(64, 64, 16, 8, 2)
+# The interpreter's time goes by operations, not by elements.
+INTERPRETER_TILES = Tiles(32, 512, 64, 4, 1)
+
+
+def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
+    """Settings of a kernel on "sm_90", "sm_80", "gfx942" (any ROCm device) or "cpu" (the interpreter).
+
+    Those of "sm_90" load by descriptors; "sm_80" is also what lies between, and what a later device cannot load so.
+    """
+    if architecture == "cpu":
+        return INTERPRETER_TILES
+    return FLOAT32_TILES if dtype == torch.float32 else TILES[kernel, architecture]
+
+
+@cache
+def architecture_of(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
