@@ -35,6 +35,7 @@ bench: .venv/.test
 	$(BIN)/python -m groupwise.bench.logprob
 	$(BIN)/python -m groupwise.bench.clamped_delta
 	$(BIN)/python -m groupwise.bench.small_kernels
+	$(BIN)/python -m groupwise.bench.attention
 	$(BIN)/python -m groupwise.bench.shard
 	$(BIN)/python -m groupwise.bench.compile
 

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, logprob, norm, rotary, swiglu
+from groupwise.kernels import clamped_delta, logprob, norm, rotary, segments, swiglu
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,13 +31,15 @@ TARGETS = {
 }
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-# Pointers to the inputs' dtype; every other pointer is to float32, save the targets.
+# Pointers to the inputs' dtype; every other pointer is to float32, save those to indices.
 ELEMENTS = {
     *("hidden", "weight", "d_logits"),
     *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
     *("q", "k", "cos", "sin", "q_out", "k_out"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
+    *("v", "d_q", "d_k", "d_v"),
 }
+INDICES = {"targets": "*i64", "bounds": "*i32", "prefix": "*i32"}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
 FLOATS = {"scale", "clip_low", "clip_high", "beta", "delta_max", "eps"}
 UNALIGNED = {"num_tokens", "num_blocks", "num_slices", "num_rows", "num_query_heads", "num_key_heads"}
@@ -78,6 +80,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _norm()
     yield from _rotary()
     yield from _swiglu()
+    yield from _segments(target)
 
 
 def _logprob(target: str) -> Iterator[Case]:
@@ -128,6 +131,18 @@ def _swiglu() -> Iterator[Case]:
             yield Case(name, kernel, dtype, {"BLOCK": swiglu.BLOCK}, {"num_warps": 4})
 
 
+def _segments(target: str) -> Iterator[Case]:
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    ways = [("bf16", 64, True), ("bf16", 128, True), ("bf16", 128, False), ("bf16", 256, True), ("fp32", 64, True)]
+    for dtype, size, shared in ways:
+        for name, kernel in segments.KERNELS.items():
+            tile = segments.tiles(name, dtypes[dtype], size, target)
+            constants = {"SHARED": shared, "SIZE": size, "WIDTH": size, "ROWS": tile.rows, "COLUMNS": tile.columns}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            # At 256 the tiles are too small for the instructions of sm_90.
+            yield Case(f"attention {name}", kernel, dtype, constants, options, dtype == "bf16" and size <= 128)
+
+
 def compiled(case: Case, target: str) -> Any:
     """The kernel for aligned tensors whose sizes are multiples of 16, as a model's are."""
     names = case.kernel.arg_names
@@ -141,7 +156,7 @@ def compiled(case: Case, target: str) -> Any:
         elif name in FLOATS:
             signature[name] = "fp32"
         else:
-            signature[name] = "*i64" if name == "targets" else "*" + (case.dtype if name in ELEMENTS else "fp32")
+            signature[name] = INDICES.get(name, "*" + (case.dtype if name in ELEMENTS else "fp32"))
         if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED:
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in case.constants.items()}
