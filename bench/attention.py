@@ -1,20 +1,20 @@
-"""Attention of training over packed segments: every implementation of the machine side by side, and shared prompts.
+"""Packed attention by every implementation that the machine has, and a shared prompt beside its copies.
 
-    python -m groupwise.bench.attention [--shapes 28x4x128x8192] [--out FILE]
+    python -m groupwise.bench.attention [--shapes 12x2x128] [--out FILE]
 
-A shape is query heads x key heads x head size x tokens; bf16 on a GPU, float32 on a CPU. ``packed``: segments of
-different lengths; ``shared``: one prompt of an eighth of the tokens and 14 completions behind it, beside the same with
-the prompt repeated before each completion (``repeated``; attention alone saves little by it, the rest of a model more:
-``bench/train.py``). ``share_of_limit`` is the time in which a large matrix product of the same run does as many
-operations (of the pairs that are seen, 4 D a pair and head forward, 2.5 times that backward), over ours;
-``NAME_ratio`` is another's time over ours, ours being what serves by default.
+A shape is query heads x key heads x head size: those of Qwen2.5-1.5B, 7B and 14B on a GPU, bf16; small float32 ones on
+a CPU, where a mask is timed too. The stream ``segments`` has segments of different lengths, 8,192 tokens on a GPU; in
+``group`` a prompt stands once before its completions (``shared``) or once before each. ``speedup`` is the time of the
+fastest of the others over this one's; ``tokens_saved`` is the share of the tokens that sharing drops, in all other
+layers too. ``tflops`` counts the products that the mask leaves, 4D forward and 10D backward for each query head and
+pair of tokens; ``share_of_limit`` is over the rate of a square matrix product in the same run.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,125 +22,161 @@ from torch import Tensor
 from groupwise.bench import common
 from groupwise.kernels import dispatch, eager, packed_attention
 
-GPU_SHAPES = [(12, 2, 128, 8192), (28, 4, 128, 8192), (40, 8, 128, 8192)]
-CPU_SHAPES = [(4, 2, 32, 4096), (12, 2, 128, 1024)]
-COMPLETIONS = 14
-PRODUCT = {"cuda": 8192, "cpu": 2048}
-
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def segment_lengths(tokens: int) -> list[int]:
-    """Lengths that fill the tokens, from a sixteenth to a third of them."""
-    generator = torch.Generator().manual_seed(tokens)
-    lengths: list[int] = []
-    while (left := tokens - sum(lengths)) > 0:
-        lengths.append(min(left, int(torch.randint(tokens // 16, tokens // 3, (), generator=generator))))
-    return lengths
+GPU_SHAPES = [(12, 2, 128), (28, 4, 128), (40, 8, 128)]
+CPU_SHAPES = [(4, 2, 32), (12, 2, 64)]
+GPU_LENGTHS = [3000, 1700, 1100, 900, 640, 400, 252, 130, 70]
+CPU_LENGTHS = [400, 250, 190, 100, 64, 20]
+# Tokens of a prompt, completions, tokens of each.
+GPU_GROUP = (1024, 16, 512)
+CPU_GROUP = (128, 8, 64)
+PRODUCT = 8192  # rows and columns of the matrices
+OP = "packed_attention"
+Form = Callable[..., Any]
 
 
-def bounds_of(lengths: list[int], device: str) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+class Packing(NamedTuple):
+    """Lengths of the segments of a stream, and which of them each sees before its own tokens."""
+
+    lengths: list[int]
+    prefix: list[int]
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it sees."""
+        before = [self.lengths[n] if n >= 0 else 0 for n in self.prefix]
+        return sum(n * (n + 1) // 2 + n * shared for n, shared in zip(self.lengths, before, strict=True))
+
+    def shrunk(self) -> Packing:
+        """An eighth of each segment, on which a mask has room."""
+        return Packing([n // 8 + 1 for n in self.lengths], self.prefix)
+
+    def arguments(self, device: str) -> tuple[Tensor, int, Tensor | None]:
+        bounds = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
+        prefix = torch.tensor(self.prefix, dtype=torch.int32, device=device) if max(self.prefix) >= 0 else None
+        return bounds, max(self.lengths), prefix
 
 
-def make_inputs(shape: tuple[int, ...], device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    query_heads, key_heads, size, tokens = shape
-    generator = torch.Generator(device).manual_seed(seed)
+def plain(lengths: list[int]) -> Packing:
+    return Packing(lengths, [-1] * len(lengths))
+
+
+def make_inputs(shape: tuple[int, ...], packing: Packing, device: str, seed: int) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output."""
+    query_heads, key_heads, size = shape
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sizes = [(tokens, heads, size) for heads in (query_heads, key_heads, key_heads)]
-    q, k, v = (torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in sizes)
-    return q, k, v
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(sum(packing.lengths), heads, size, generator=generator, device=device).to(dtype)
+
+    heads = [normal(count).requires_grad_() for count in (query_heads, key_heads, key_heads)]
+    return *heads, normal(query_heads)
 
 
-def served_by(name: str, bounds: Tensor, longest: int, prefix: Tensor | None = None) -> Form:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dispatch.force("packed_attention", name, q.device.type)
+def served_by(name: str, packing: Packing, device: str) -> Form:
+    """Attention of q, k and v by an implementation, or by the mask."""
+    bounds, longest, prefix = packing.arguments(device)
+    if name == "mask":
+        return lambda q, k, v: eager.masked_attention(q, k, v, bounds, prefix)
+
+    def form(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dispatch.force(OP, name, device)
         return packed_attention(q, k, v, bounds, longest, prefix)
 
-    return run
+    return form
 
 
-def both(form: Form) -> Callable[..., tuple[Tensor, ...]]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def forward(form: Form) -> Form:
+    return torch.no_grad()(lambda q, k, v, d_out: form(q, k, v))
+
+
+def with_backward(form: Form) -> Form:
+    def run(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> list[Tensor]:
         out = form(q, k, v)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), out.detach())
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
     return run
 
 
-def check(name: str, form: Form, oracle: Form, inputs: tuple[Tensor, ...]) -> None:
-    """Stop unless the error against float32 is at most 1.5 times that of the masked form in the same dtype."""
-    q, k, v = inputs
-    true = both(oracle)(*(x.detach().float().requires_grad_() for x in inputs))
-    got, plain = both(form)(q, k, v), both(oracle)(q, k, v)
-    for what, a, b, c in zip(("value", "d_q", "d_k", "d_v"), got, plain, true, strict=True):
-        bound = 1.5 * common.error(b, c) + 1e-5
-        if not common.error(a, c) <= bound:
-            sys.exit(f"attention: the {what} of {name} is wrong by {common.error(a, c):.2e}; {bound:.2e} is allowed")
+# How to run a form, and products of D for each query head and pair of tokens.
+PASSES: dict[str, tuple[Callable[[Form], Form], int]] = {
+    "forward": (forward, 4),
+    "forward+backward": (with_backward, 14),
+}
 
 
-def measure(shape: tuple[int, ...], args: Any) -> list[common.Row]:
-    tokens, device = shape[3], args.device
-    lengths = segment_lengths(tokens)
-    bounds, longest = bounds_of(lengths, device), max(lengths)
-    inputs = [make_inputs(shape, device, seed) for seed in range(2)]
-    names = dispatch.available(device, "packed_attention")
-    forms = {name: served_by(name, bounds, longest) for name in names}
-    for name in common.able({name: both(form) for name, form in forms.items()}, inputs[0]):
-        check(name, forms[name], lambda q, k, v: eager.masked_attention(q, k, v, bounds), inputs[0])
-    pairs = sum(n * (n + 1) / 2 for n in lengths)
-    rows = [row(shape, "packed", name, forms, inputs, pairs, args) for name in ("forward", "both")]
+def check(name: str, packing: Packing, shape: tuple[int, ...], device: str) -> None:
+    """Stop unless the error against float32 is at most 1.5 times that of the mask."""
+    small = packing.shrunk()
+    inputs = make_inputs(shape, small, device, seed=0)
+    mask = with_backward(served_by("mask", small, device))
+    exact = mask(*(x.detach().float().requires_grad_() for x in inputs))
+    naive, ours = mask(*inputs), with_backward(served_by(name, small, device))(*inputs)
+    for what, true, other, got in zip(("output", "d_q", "d_k", "d_v"), exact, naive, ours, strict=True):
+        error, bound = (float((x.float() - true).norm() / true.norm()) for x in (got, other))
+        if not error <= 1.5 * bound + 2e-6:
+            sys.exit(f"attention: {what} of {name} is wrong by {error:.2e}; {1.5 * bound + 2e-6:.2e} is allowed")
 
-    prompt = tokens // 8
-    completion = (tokens - prompt) // COMPLETIONS
-    shared_lengths = [prompt] + [completion] * COMPLETIONS
-    used = sum(shared_lengths)
-    prefix = torch.tensor([-1] + [0] * COMPLETIONS, dtype=torch.int32, device=device)
-    shared_bounds = bounds_of(shared_lengths, device)
-    repeated_bounds = bounds_of([prompt + completion] * COMPLETIONS, device)
-    source = torch.cat(
-        [torch.cat([torch.arange(prompt), torch.arange(start, start + completion)]) for start in shared_bounds[1:-1]]
-    ).to(device)
-    shorter: list[Any] = [tuple(x.detach()[:used].requires_grad_() for x in each) for each in inputs]
-    repeated = served_by("auto", repeated_bounds, prompt + completion)
-    forms = {
-        "ours": served_by("auto", shared_bounds, max(prompt, completion), prefix),
-        "repeated": lambda q, k, v: repeated(q[source], k[source], v[source]),
-    }
-    check("shared", forms["ours"], lambda q, k, v: eager.masked_attention(q, k, v, shared_bounds, prefix), shorter[0])
-    pairs = prompt * (prompt + 1) / 2 + COMPLETIONS * (completion * prompt + completion * (completion + 1) / 2)
-    rows += [row(shape, "shared", name, forms, shorter, pairs, args) for name in ("forward", "both")]
+
+def measure(
+    title: str, contenders: dict[str, tuple[str, Packing]], shape: tuple[int, ...], args: Any
+) -> list[common.Row]:
+    """Rows of contenders, each an implementation and the packing that it is given."""
+    for name, packing in contenders.values():
+        check(name, packing, shape, args.device)
+    on_gpu = args.device == "cuda"
+    square = torch.randn(PRODUCT if on_gpu else 1, PRODUCT if on_gpu else 1, device=args.device)
+    square = square.to(torch.bfloat16)
+    inputs = [
+        (square, {label: make_inputs(shape, packing, args.device, seed) for label, (_, packing) in contenders.items()})
+        for seed in range(2)
+    ]
+    rows = []
+    for kind, (as_pass, products) in PASSES.items():
+        forms = {label: as_pass(served_by(name, each, args.device)) for label, (name, each) in contenders.items()}
+        runs: dict[str, Form] = {
+            label: lambda _, own, form=form, label=label: form(*own[label]) for label, form in forms.items()
+        }
+        times = common.in_turns(runs | {"product": lambda square, _: square @ square}, inputs, args.repeats)
+        for label, (_, packing) in contenders.items():
+            tflops = 1e-9 * products * packing.num_pairs * shape[0] * shape[2] / times[label]
+            product = 2e-9 * PRODUCT**3 / times["product"]
+            q, k, v, _ = inputs[0][1][label]
+            moved = (2 * q.nbytes + k.nbytes + v.nbytes) * (1 if kind == "forward" else 3)  # gradients back and forth
+            rows.append(
+                {
+                    "heads": "x".join(map(str, shape)),
+                    "stream": title,
+                    "by": label,
+                    "tokens": sum(packing.lengths),
+                    "pass": kind,
+                    "time_ms": times[label],
+                    "speedup": min(times[other] for other in contenders if other != label) / times[label],
+                    "tflops": tflops if on_gpu else None,
+                    "share_of_limit": tflops / product if on_gpu else None,
+                    "flops_per_byte": products * packing.num_pairs * shape[0] * shape[2] / moved if on_gpu else None,
+                }
+            )
     return rows
-
-
-def row(
-    shape: tuple[int, ...], kind: str, name: str, forms: dict[str, Form], inputs: list[Any], pairs: float, args: Any
-) -> common.Row:
-    query_heads, _, size, _ = shape
-    runs = {who: torch.no_grad()(form) if name == "forward" else both(form) for who, form in forms.items()}
-    ours, *others = runs
-    factor = torch.randn(PRODUCT[args.device], PRODUCT[args.device], device=args.device, dtype=inputs[0][0].dtype)
-    times = common.in_turns(runs | {"product": lambda *_: factor @ factor}, inputs, args.repeats)
-    flops = 4 * query_heads * size * pairs * (1 if name == "forward" else 3.5)
-    moved = sum(x.nbytes for x in inputs[0]) + inputs[0][0].nbytes
-    return {
-        "Hq x Hkv x D x T": "x".join(map(str, shape)),
-        "segments": kind,
-        "pass": name,
-        "ours": ours if kind == "packed" else dispatch.packed_attention_by(args.device, factor.dtype, size, True),
-        **{f"{who}_ms": time for who, time in times.items()},
-        "tflops": flops / times[ours] * 1e-9 if args.device == "cuda" else None,
-        "share_of_limit": flops / (2 * len(factor) ** 3) * times["product"] / times[ours],
-        **{f"{who}_ratio": times[who] / times[ours] for who in others},
-        "flops_per_byte": flops / (moved * (1 if name == "forward" else 2.5)),
-    }
 
 
 def main() -> None:
     args = common.arguments(__doc__)
-    shapes = common.parse_shapes(args.shapes, GPU_SHAPES if args.device == "cuda" else CPU_SHAPES)
+    on_gpu = args.device == "cuda"
     print(dispatch.describe(args.device))
-    common.report("attention", [row for shape in shapes for row in measure(shape, args)], args)
+    lengths, (prompt, count, length) = (GPU_LENGTHS, GPU_GROUP) if on_gpu else (CPU_LENGTHS, CPU_GROUP)
+    names = dispatch.available(args.device, OP)
+    segments = {name: (name, plain(lengths)) for name in (names if on_gpu else (*names, "mask"))}
+    shared, copies = Packing([prompt, *[length] * count], [-1, *[0] * count]), plain([prompt + length] * count)
+    group = {"shared": ("auto", shared)} | {f"copies by {name}": (name, copies) for name in names}
+    rows = []
+    for shape in common.parse_shapes(args.shapes, GPU_SHAPES if on_gpu else CPU_SHAPES):
+        rows += measure("segments", segments, shape, args)
+        rows += measure("group", group, shape, args)
+    for row in rows:
+        if row["by"] == "shared":
+            row["tokens_saved"] = 1 - sum(shared.lengths) / sum(copies.lengths)
+    common.report("attention", rows, args)
 
 
 if __name__ == "__main__":

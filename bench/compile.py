@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, logprob, norm, rotary, swiglu
+from groupwise.kernels import clamped_delta, logprob, norm, rotary, segments, swiglu
 from groupwise.kernels.tiles import tiles
 
 TARGETS = {
@@ -41,8 +41,9 @@ ELEMENTS = {
     *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
     *("q", "k", "cos", "sin", "q_out", "k_out"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
+    *("v", "d_q", "d_k", "d_v"),
 }
-INDICES = {"targets": "i64", "counter": "i32"}
+INDICES = {"targets": "i64", "counter": "i32", "bounds": "i32", "prefix": "i32"}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
 UNALIGNED = {
@@ -93,6 +94,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _norm()
     yield from _rotary()
     yield from _swiglu()
+    yield from _segments(target)
 
 
 def _logprob(target: str) -> Iterator[Case]:
@@ -153,6 +155,18 @@ def _swiglu() -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
         for name, kernel in kernels.items():
             yield Case(name, kernel, dtype, {"BLOCK": swiglu.BLOCK}, {"num_warps": 4})
+
+
+def _segments(target: str) -> Iterator[Case]:
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    ways = [("bf16", 64, True), ("bf16", 128, True), ("bf16", 128, False), ("bf16", 256, True), ("fp32", 64, True)]
+    for dtype, size, shared in ways:
+        for name, kernel in segments.KERNELS.items():
+            tile = segments.tiles(name, dtypes[dtype], size, target)
+            constants = {"SHARED": shared, "SIZE": size, "WIDTH": size, "ROWS": tile.rows, "COLUMNS": tile.columns}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            # At 256 the tiles are too small for the instructions of sm_90.
+            yield Case(f"attention {name}", kernel, dtype, constants, options, dtype == "bf16" and size <= 128)
 
 
 def compiled(case: Case, target: str) -> Any:

@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 TILES = {
     ("forward", "sm_90"): (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     ("query gradient", "sm_90"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),
-    ("key gradient", "sm_90"): (Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(32, 32, 8, 2)),
+    ("key gradient", "sm_90"): (Tiles(64, 128, 8, 3), Tiles(64, 128, 8, 3), Tiles(32, 32, 8, 2)),
     ("forward", "sm_80"): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(64, 32, 8, 2)),
     ("query gradient", "sm_80"): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 2)),
     ("key gradient", "sm_80"): (Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
@@ -46,9 +46,9 @@ TILES = {
 }
 # Multiplied without tensor cores.
 FLOAT32_TILES = {
-    "sm_90": (Tiles(32, 32, 4, 2), Tiles(16, 16, 8, 2), Tiles(16, 16, 4, 2)),
-    "sm_80": (Tiles(32, 32, 4, 2), Tiles(16, 16, 8, 2), Tiles(16, 16, 4, 2)),
-    "gfx942": (Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    "sm_90": Tiles(16, 16, 8, 2),
+    "sm_80": Tiles(16, 16, 8, 2),
+    "gfx942": Tiles(16, 16, 4, 1),
 }
 # Small, so that short segments are many tiles.
 INTERPRETER_TILES = Tiles(32, 16, 4, 1)
@@ -58,8 +58,9 @@ def tiles(kernel: str, dtype: torch.dtype, size: int, target: str) -> Tiles:
     """Settings of "forward", "query gradient" or "key gradient" for a head size, by ``dispatch.architecture_of``."""
     if target == "cpu":
         return INTERPRETER_TILES
-    by_size = FLOAT32_TILES[target] if dtype == torch.float32 else TILES[kernel, target]
-    return by_size[0 if size <= 64 else 1 if size <= 128 else 2]
+    if dtype == torch.float32:
+        return FLOAT32_TILES[target]
+    return TILES[kernel, target][0 if size <= 64 else 1 if size <= 128 else 2]
 
 
 @jit

@@ -7,7 +7,17 @@ import pytest
 pytest.importorskip("triton")
 from groupwise.bench.compile import TARGETS, cases, measure
 
-CASES = [pytest.param(case, target, id=f"{target} {case}") for target in TARGETS for case in cases(target)]
+
+def seldom(case: Any) -> bool:
+    """Other forms of attention than those of common models, which take half a minute to compile."""
+    return case.name.startswith("attention") and not (case.on_matrix_units and case.constants["SHARED"])
+
+
+CASES = [
+    pytest.param(case, target, id=f"{target} {case}", marks=[pytest.mark.slow] if seldom(case) else [])
+    for target in TARGETS
+    for case in cases(target)
+]
 
 
 @pytest.mark.parametrize(("case", "target"), CASES)
