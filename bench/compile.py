@@ -3,7 +3,7 @@
     python -m groupwise.bench.compile [--out FILE]
 
 Needs no GPU. ``stack`` is bytes a thread and ``shared`` bytes a program; ``spills`` counts loads and stores of spilled
-registers; ``matrix`` counts instructions of the matrix units (HMMA, HGMMA on sm_90, MFMA on gfx942) and ``bulk_loads`` those
+registers, ``matrix`` instructions of the matrix units (HMMA, HGMMA on sm_90, MFMA on gfx942), and ``bulk_loads`` those
 that bring a whole tile by a tensor descriptor (UTMALDG on sm_90).
 ``tests/test_triton_aot.py`` compiles the same cases.
 """

@@ -1,7 +1,7 @@
 """Which implementation serves an operation on a device; the only place that knows what is installed.
 
-Triton has no wheel for some platforms; there ``triton``, ``tl`` and ``TensorDescriptor`` are None, :func:`jit` leaves a kernel as it is, and
-the eager forms serve.
+Triton has no wheel for some platforms; there ``triton``, ``tl`` and ``TensorDescriptor`` are None, :func:`jit` leaves a
+kernel as it is, and the eager forms serve.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ TILE_ELEMENTS = 1 << 20
 # Columns of a slice of the vocabulary; one that is not longer is taken whole.
 SLICE_COLUMNS = 4096
 
+LOG2_E = 1.0 / math.log(2.0)
+
 
 def grouped_logprob(
     hidden: Tensor,
@@ -94,8 +96,8 @@ class _GroupedLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, live, *sums[1:])
         ctx.temperature, ctx.main_grad = temperature, main_grad  # which is there to be changed: no saved tensor
         ctx.set_materialize_grads(False)
-        logprob, entropies = (None if x is None else spread_rows(x, live, len(targets)) for x in sums[:2])
-        return logprob, entropies
+        entropies = None if sums.entropy is None else spread_rows(sums.entropy, live, len(targets))
+        return spread_rows(sums.logprob, live, len(targets)), entropies
 
     @staticmethod
     @once_differentiable
@@ -106,27 +108,28 @@ class _GroupedLogprob(torch.autograd.Function):
             chosen = torch.searchsorted(live, rows)
             of_live = [None if x is None else x[chosen] for x in of_live]
         dtype = _summed_in(hidden)
-        gain, tilt = (None if x is None else x[rows].to(dtype) for x in (d_logprob, d_entropy))
-        per_row = _Rows(rows, targets, *of_live, rows.new_zeros(len(rows), dtype=dtype) if gain is None else gain, tilt)
+        gain = rows.new_zeros(len(rows), dtype=dtype) if d_logprob is None else d_logprob[rows].to(dtype)
+        tilt = None if d_entropy is None else d_entropy[rows].to(dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_rows = hidden.new_empty(len(rows), hidden.shape[1], dtype=dtype) if need_hidden else None
-        d_weight = torch.zeros_like(weight) if need_weight and ctx.main_grad is None else None
-        total = (d_weight if ctx.main_grad is None else ctx.main_grad) if need_weight else None
-        _backward(hidden, weight, per_row, ctx.temperature, d_rows, total)
+        main_grad = ctx.main_grad if need_weight else None
+        d_weight = torch.zeros_like(weight) if need_weight and main_grad is None else None
+        total = d_weight if main_grad is None else main_grad
+        _backward(hidden, weight, _Rows(rows, targets, gain, tilt, *of_live), ctx.temperature, d_rows, total)
         d_hidden = None if d_rows is None else spread_rows(d_rows.to(hidden.dtype), rows, len(hidden))
         return d_hidden, d_weight, None, None, None, None, None
 
 
 class _Rows(NamedTuple):
-    """What a backward pass knows of the rows that have a gradient; ``targets`` is of all rows."""
+    """What a backward pass knows of the rows that have a gradient; the last three are those of _Sums."""
 
     rows: Tensor  # [N]
-    targets: Tensor  # [T]
-    entropy: Tensor | None  # [N] this and the two below: as in _Sums
-    log_sum: Tensor | None
-    kept: Tensor
+    targets: Tensor  # [T] of all rows
     gain: Tensor  # [N] gradient of the log-probability
     tilt: Tensor | None  # [N] gradient of the entropy
+    entropy: Tensor | None = None
+    log_sum: Tensor | None = None
+    kept: Any = None
 
 
 class _Tiles:
@@ -201,11 +204,12 @@ def _backward(
     hidden: Tensor, weight: Tensor, per_row: _Rows, temperature: float, d_rows: Tensor | None, d_weight: Tensor | None
 ) -> None:
     """Write the gradient of the rows to d_rows [N,H], and add that of the weight to d_weight [V,H]."""
-    rows, targets, entropies, log_sum, kept, gain, tilt = per_row
+    rows, targets, gain, tilt, entropies, log_sum, kept = per_row
     dtype = _summed_in(hidden)
     width = min(len(weight), SLICE_COLUMNS)
-    # Where all are kept, few large products: nothing is made again that should stay near the core.
-    size = min((KEPT_ELEMENTS // 2 if kept.shape[1] == width else TILE_ELEMENTS) // width, len(rows))
+    # Whole rows that are kept are not made again, so there is no tile to keep near the core: products can be large.
+    few = log_sum is None and kept.shape[1]
+    size = min((KEPT_ELEMENTS // 2 if few else TILE_ELEMENTS) // width, len(rows))
     tiles = _Tiles(hidden, size * width)
     scale = 1.0 / temperature
     for columns in _slices(len(weight)):
@@ -283,4 +287,4 @@ def _log_softmax(rows: Tensor, weight: Tensor, temperature: float, logits: Tenso
 
 def _exp(x: Tensor, out: Tensor) -> Tensor:
     """e to the x by way of exp2, which takes PyTorch a third of the time on a CPU."""
-    return torch.mul(x, 1.0 / math.log(2.0), out=out).exp2_()
+    return torch.mul(x, LOG2_E, out=out).exp2_()

@@ -26,10 +26,10 @@ from .tiles import architecture_of, tiles
 SLICE_COLUMNS = 4096
 # Columns of logits whose gradient exists at one time: 64 MiB in bf16 at T 8,192.
 CHUNK_COLUMNS = 4096
-# Bytes of hidden rows that programs side by side share, half of the 50 MB of an H200's second-level cache. All slices of
-# the weight pass one such group of rows, then the next. At T 8,192, H 3,584 and V 152,064 three groups read the weight
-# (1.09 GB) three times: 0.8 ms of memory traffic beside 11.3 ms of arithmetic. Without groups 132 programs would hold
-# 2 slices and all rows (58.7 MB, more than the cache keeps) and read them again for each of 297 steps: 17 GB, 4 ms.
+# Bytes of hidden rows that programs side by side share: half of the 50 MB of an H200's second-level cache. All slices
+# of the weight pass one such group of rows, then the next. At T 8,192, H 3,584 and V 152,064 three groups read the
+# weight (1.09 GB) three times: 0.8 ms of memory traffic beside 11.3 ms of arithmetic. Without groups 132 programs would
+# hold 2 slices and all rows (58.7 MB, more than the cache keeps) and read them again in each of 297 steps: 17 GB, 4 ms.
 CACHED_ROW_BYTES = 24 << 20
 
 
@@ -214,7 +214,7 @@ def _plan(kernel: str, hidden: Tensor, weight: Tensor) -> _Plan:
 
 
 def by_descriptors(hidden: Tensor, weight: Tensor, architecture: str) -> bool:
-    """Whether tiles are brought whole by descriptors (Hopper's tensor memory accelerator) or piece by piece by pointers.
+    """Whether descriptors bring tiles whole (Hopper's tensor memory accelerator), or pointers piece by piece.
 
     Descriptors need addresses and rows at multiples of 16 bytes. The interpreter knows both ways.
     """
