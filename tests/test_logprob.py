@@ -1,6 +1,7 @@
 """Grouped log-probability against log_softmax of the whole logits in float64, values and gradients, every form."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from interpreter import interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupwise.kernels import eager, grouped_logprob, implementation
+from groupwise.kernels import eager, eager_logprob, grouped_logprob, implementation
+from groupwise.kernels import logprob as logprob_kernel
 from groupwise.kernels.logprob import GroupedLogprob
 
-SHAPES = [(1, 1, 1), (1, 16, 5000), (127, 64, 131), (33, 7, 257), (64, 48, 512)]  # T, H, V
+SHAPES = [(1, 1, 1), (1, 16, 5000), (127, 64, 131), (33, 7, 257), (64, 48, 512), (3, 5120, 70)]  # T, H, V
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -81,12 +83,32 @@ def check_triton(shape: tuple[int, int, int], dtype: torch.dtype, temperature: f
     as_accurate_as_plain(triton_form, make_inputs(*shape, dtype), temperature, entropy)
 
 
+# Constants of kernels/eager_logprob.py that send small inputs through each of its forms.
+EAGER_FORMS = {
+    "whole, kept": {},
+    "whole, made again": {"KEPT_ELEMENTS": 0, "TILE_ELEMENTS": 6000},
+    "slices, kept": {"SLICE_COLUMNS": 100, "TILE_ELEMENTS": 1600},
+    "slices, some kept": {"SLICE_COLUMNS": 100, "TILE_ELEMENTS": 1600, "KEPT_ELEMENTS": 8000},
+    "slices, made again": {"SLICE_COLUMNS": 100, "TILE_ELEMENTS": 1600, "KEPT_ELEMENTS": 0},
+}
+
+
+@pytest.fixture(params=EAGER_FORMS)
+def each_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in EAGER_FORMS[request.param].items():
+        monkeypatch.setattr(eager_logprob, name, value)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", [eager_form])
 @pytest.mark.parametrize(("temperature", "entropy"), [(1.0, False), (0.7, True)])
-def test_eager_values_and_gradients(shape: Any, form: Any, temperature: float, entropy: bool) -> None:
-    as_accurate_as_plain(form, make_inputs(*shape), temperature, entropy)
-    as_accurate_as_plain(form, make_inputs(*shape, torch.bfloat16), temperature, entropy)
+def test_eager_values_and_gradients(shape: Any, temperature: float, entropy: bool, each_form: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        as_accurate_as_plain(eager_form, make_inputs(*shape, dtype), temperature, entropy)
+
+
+def test_eager_with_many_rows() -> None:
+    as_accurate_as_plain(eager_form, make_inputs(8193, 16, 3001), 0.9, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -110,9 +132,16 @@ def check_extremes(form: Any) -> None:
     as_accurate_as_plain(form, inputs, 1.0, True)
 
 
-def test_extreme_logits() -> None:
+def test_extreme_logits(each_form: str) -> None:
     check_extremes(eager_form)
-    interpreted(check_extremes, triton_form)
+
+
+def check_extremes_in_triton() -> None:
+    check_extremes(triton_form)
+
+
+def test_extreme_logits_in_triton() -> None:
+    interpreted(check_extremes_in_triton)
 
 
 def check_nothing_to_do(form: Any) -> None:
@@ -125,18 +154,90 @@ def check_nothing_to_do(form: Any) -> None:
             assert torch.equal(x, torch.zeros_like(x))
 
 
-def test_all_ignored_and_no_tokens() -> None:
+def test_all_ignored_and_no_tokens(each_form: str) -> None:
     check_nothing_to_do(eager_form)
-    interpreted(check_nothing_to_do, triton_form)
 
 
-def test_gradients_by_finite_differences() -> None:
+def check_nothing_to_do_in_triton() -> None:
+    check_nothing_to_do(triton_form)
+
+
+def test_all_ignored_and_no_tokens_in_triton() -> None:
+    interpreted(check_nothing_to_do_in_triton)
+
+
+def test_gradients_by_finite_differences(each_form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "slices" in each_form:
+        monkeypatch.setattr(eager_logprob, "SLICE_COLUMNS", 4)
     hidden, weight, targets, *_ = make_inputs(6, 5, 11, torch.float64)
-    for chunk in (1, 1 << 20):
-        assert torch.autograd.gradcheck(
-            lambda h, w, chunk=chunk: eager.grouped_logprob(h, w, targets, temperature=1.4, entropy=True),
-            (hidden.requires_grad_(), weight.requires_grad_()),
-        )
+    assert torch.autograd.gradcheck(
+        lambda h, w: eager.grouped_logprob(h, w, targets, temperature=1.4, entropy=True),
+        (hidden.requires_grad_(), weight.requires_grad_()),
+    )
+
+
+def check_main_grad(form: Any, dtype: torch.dtype) -> None:
+    """Two micro-batches add their gradients of the weight, unrounded; the weight itself gets none."""
+    main_grad = torch.zeros(257, 8)
+    expected = torch.zeros(257, 8, dtype=torch.float64)
+    for tokens in (33, 8):
+        inputs = make_inputs(tokens, 8, 257, dtype)
+        hidden, weight = (x.detach().clone().requires_grad_() for x in inputs[:2])
+        logprob, _ = form(hidden, weight, inputs[2], main_grad=main_grad)
+        (logprob * inputs[3]).sum().backward()
+        assert weight.grad is None
+        assert hidden.grad is not None
+        expected += results(eager_form, inputs, torch.float64, 1.0, False)[3]
+    tolerance = 1e-5 if dtype != torch.float16 else 1e-2  # the chunk of logit gradients has the inputs' dtype
+    torch.testing.assert_close(main_grad.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_main_grad(each_form: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_main_grad(eager.grouped_logprob, dtype)
+
+
+def check_main_grad_in_triton() -> None:
+    for dtype in (torch.float32, torch.float16):
+        check_main_grad(grouped_logprob, dtype)
+
+
+def test_main_grad_in_triton() -> None:
+    interpreted(check_main_grad_in_triton)
+
+
+def check_descriptors_and_pointers() -> None:
+    inputs = make_inputs(70, 64, 5000)
+    assert logprob_kernel.by_descriptors(inputs[0], inputs[1], "cpu")
+    by_descriptors = results(triton_form, inputs, torch.float32, 1.1, True)
+    with mock.patch.object(logprob_kernel, "by_descriptors", return_value=False):
+        by_pointers = results(triton_form, inputs, torch.float32, 1.1, True)
+    for a, b in zip(by_descriptors, by_pointers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_triton_loads_the_same_by_descriptors_and_pointers() -> None:
+    interpreted(check_descriptors_and_pointers)
+
+
+def check_dropped_rows() -> None:
+    """The products of the backward pass see the rows with a gradient and a target, and no others."""
+    hidden, weight, targets, d_logprob, _ = make_inputs(70, 16, 300)
+    seen = []
+
+    def backward(rows: Tensor, *arguments: Any) -> None:
+        seen.append(len(rows))
+        true_backward(rows, *arguments)
+
+    true_backward = logprob_kernel._backward
+    with mock.patch.object(logprob_kernel, "_backward", backward):
+        logprob, _ = triton_form(hidden.requires_grad_(), weight.requires_grad_(), targets, 1.0, False)
+        logprob.backward(d_logprob)
+    assert seen == [int(((targets != eager.IGNORE) & (d_logprob != 0)).sum())]
+
+
+def test_rows_without_a_gradient_are_dropped_before_the_products() -> None:
+    interpreted(check_dropped_rows)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -152,12 +253,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_tokens_by_vocabulary() -> None:
-    hidden, weight, targets, *_ = make_inputs(128, 4, 2000)
-    with LargestTensor() as largest:
-        logprob, _ = eager.grouped_logprob(hidden.requires_grad_(), weight, targets)
-        logprob.sum().backward()
-    assert 1 << 15 < largest.numel <= 1 << 16
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in EAGER_FORMS["slices, made again"].items():
+        monkeypatch.setattr(eager_logprob, name, value)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets, *_ = make_inputs(128, 4, 2000, dtype)
+        with LargestTensor() as largest:
+            logprob, entropies = eager_form(hidden.requires_grad_(), weight.requires_grad_(), targets, 1.0, True)
+            (logprob.sum() + entropies.sum()).backward()
+        assert largest.numel == 2000 * 4, "nothing is larger than the weight, in any dtype"
 
 
 def check_repeatable() -> None:
@@ -203,6 +307,8 @@ def test_public_function_dispatches() -> None:
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"hidden": torch.zeros(3, 4, device="meta")}, "one device"),
+        ({"main_grad": torch.zeros(4, 7)}, r"main_grad is torch.float32 \[4, 7\]"),
+        ({"main_grad": torch.zeros(7, 4, dtype=torch.bfloat16)}, "main_grad is torch.bfloat16"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:
@@ -217,6 +323,6 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 64, 131), (127, 64, 5000), (513, 1536, 9001)])
 def test_triton_on_the_gpu(shape: Any, dtype: torch.dtype) -> None:
     inputs: Any = tuple(x.cuda() for x in make_inputs(*shape, dtype))
-    as_accurate_as_plain(GroupedLogprob.apply, inputs, 0.9, True)
-    first, again = (results(GroupedLogprob.apply, inputs, dtype, 0.9, True) for _ in range(2))
+    as_accurate_as_plain(triton_form, inputs, 0.9, True)
+    first, again = (results(triton_form, inputs, dtype, 0.9, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
