@@ -1,5 +1,7 @@
 """What sharding can be asked for: each option leaves the numbers alone, and moves the bytes that it should."""
 
+import dataclasses
+
 import pytest
 import torch
 from distributed import CountingMesh, run_ranks
@@ -203,3 +205,37 @@ def recomputation(recompute):
     with torch.no_grad():
         policy(*toy_batch(0))
     return runs, sum(kept), gradients(policy)
+
+
+# --- the head's gradient over micro-batches ---
+
+
+def accumulate(mesh, tied, together):
+    """The gradient of three micro-batches, summed on the rank first or one step each; who was lent a place for sums."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    policy = ShardedModel(Model(config), mesh, compute_dtype=torch.bfloat16)
+    batches, lent, total = small_batches(3) + small_batches(4) + small_batches(5), [], 0.0
+    for number, batch in enumerate(batches):
+        loss, _ = small_loss(policy, batch)
+        lent.append(getattr(policy.module.output_weight, "main_grad", None) is not None)
+        policy.backward(loss, reduce=not together or number == len(batches) - 1)
+        if not together:
+            total = total + torch.cat([shard.grad.clone() for shard in policy.shards])
+            policy.zero_grad()
+    return torch.cat([shard.grad for shard in policy.shards]) if together else total, lent
+
+
+def accumulate_both_ways(mesh, tied):
+    return accumulate(mesh, tied, True), accumulate(mesh, tied, False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_later_micro_batches_add_the_heads_gradient_to_the_sum_itself(tied):
+    for results in (run_ranks(accumulate_both_ways, 2, tied), [accumulate_both_ways(alone(), tied)]):
+        for (summed, lent), (apart, never) in results:
+            assert lent[0] is False
+            assert all(lent[1:])
+            assert not any(never)
+            torch.testing.assert_close(summed, apart, rtol=2e-2, atol=2e-3)  # gradients of bfloat16 micro-batches
+            assert summed.abs().max() > 0.05
