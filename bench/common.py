@@ -65,7 +65,8 @@ def able(contenders: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]) 
             run(*arguments)
             found[name] = run
         except Exception as error:  # of any kind: they are not ours
-            print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            print(f"{name} is left out: {type(error).__name__}: {reason}")
     return found
 
 
@@ -99,7 +100,8 @@ def _milliseconds(run: Callable[..., Any], arguments: tuple[Any, ...], device: t
 def peak_extra_mib(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
     """Memory that ``run`` makes PyTorch hold on ``device`` at its peak beside what it held before, results included.
 
-    On a CPU the profiler does not see all that threads of gloo free: a count can be too high, and never too low.
+    On a CPU the profiler does not see what threads of gloo free, and what an earlier count left behind counts as freed:
+    there it is for work of one process whose results are dropped.
     """
     if device.type != "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -5,7 +5,8 @@
 Shapes are T x H x V: the heads of Qwen2.5-1.5B, 7B and 14B on a GPU, bf16; small float32 ones on a CPU. Passes:
 ``forward``; ``both``, forward and backward; ``live``, both where two rows of five have a gradient. ``share_of_limit``
 is the time of the products alone (one for forward, four for both with recomputation, and of the three of the backward
-pass the rows that have a gradient), timed in the same run, over ours; ``NAME_ratio`` is the time of another over ours.
+pass the rows that have a gradient), timed in the same run, over ours; ``NAME_ratio`` is the time of another over ours;
+``repeatable`` are those of whom two runs agree to the bit.
 ``extra_mib`` is the peak memory beside inputs, results and gradients; on a CPU it is also told for T 8,192 and V
 151,936, where the [T,V] form takes gigabytes.
 """
@@ -47,9 +48,13 @@ def product(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return hidden.detach() @ weight.detach().t()
 
 
+def copy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return weight.detach().clone()
+
+
 def others(device: str) -> dict[str, Form]:
     """Who else computes it here."""
-    forms: dict[str, Form] = {"plain": plain, "compiled": torch.compile(plain)}
+    forms: dict[str, Form] = {"plain": plain, "compiled": torch.compile(plain, dynamic=False)}
     if device == "cuda":
         forms |= {"cut-cross-entropy": _cut_cross_entropy, "liger-kernel": _liger}
     able = common.able(
@@ -92,8 +97,11 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: i
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def check(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Stop unless our error against float32 is at most 1.5 times plain PyTorch's, and two runs agree to the bit."""
+def check(inputs: tuple[Tensor, Tensor, Tensor], peers: dict[str, Form]) -> None:
+    """Stop unless our error against float32 is at most 1.5 times plain PyTorch's, and two runs agree to the bit.
+
+    Of a peer the sum of the values is looked at: it must be the same computation.
+    """
     hidden, weight, targets = inputs
     some = (hidden[:CHECKED_ROWS].detach().requires_grad_(), weight, targets[:CHECKED_ROWS])
     exact = run_both(plain, 1.0)(some[0].float(), some[1].float(), some[2])
@@ -106,6 +114,14 @@ def check(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
             sys.exit(f"logprob: {name} is wrong by {error:.2e}, plain PyTorch's bound is {bound:.2e}")
         if not torch.equal(got, repeated):
             sys.exit(f"logprob: {name} of two runs differs")
+    for name, form in peers.items():
+        if not common.error(run_both(form, 1.0)(*some)[0].sum(), exact[0].sum()) <= 1e-2:
+            sys.exit(f"logprob: {name} computes something else")
+
+
+def repeatable(run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether values and gradients of two runs agree to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(run(*inputs), run(*inputs), strict=True))
 
 
 def extra_mib(run: Callable[..., Any], inputs: tuple[Tensor, Tensor, Tensor], with_gradients: bool) -> float:
@@ -118,8 +134,10 @@ def measure(shape: tuple[int, ...], args: Any, peers: dict[str, Form]) -> list[c
     T, H, V = shape
     dtype = compute_dtype(args.device)
     inputs = [make_inputs(shape, dtype, args.device, seed) for seed in range(2)]
-    check(inputs[0])
-    peers = {name: form for name, form in peers.items() if T * V <= PLAIN_ELEMENTS or form is not plain}
+    if T * V > PLAIN_ELEMENTS:
+        peers = {name: form for name, form in peers.items() if name not in ("plain", "compiled")}
+    torch.compiler.reset()  # one shape after another would else become one kernel of dynamic shape
+    check(inputs[0], peers)
     rows = []
     # The rows of the live pass are few of all, so a product of all rows is the clock for each of them.
     for name, products in (("forward", 1.0), ("both", 4.0), ("live", 1.0 + 3.0 * LIVE)):
@@ -127,8 +145,10 @@ def measure(shape: tuple[int, ...], args: Any, peers: dict[str, Form]) -> list[c
         forms = {"ours": ours, **peers}
         if name != "both":
             forms.pop("liger-kernel", None)  # it makes the gradients with the value, of the sum over all rows
-        runs = {k: torch.no_grad()(f) if name == "forward" else run_both(f, live) for k, f in forms.items()}
-        times = common.in_turns(runs | {"product": product}, inputs, args.repeats)
+        runs: dict[str, Callable[..., Any]] = {
+            k: torch.no_grad()(f) if name == "forward" else run_both(f, live) for k, f in forms.items()
+        }
+        times = common.in_turns(runs | {"product": product, "copy": copy}, inputs, args.repeats)
         moved = (1 if name == "forward" else 2) * (T + V) * H * dtype.itemsize
         rows.append(
             {
@@ -137,8 +157,12 @@ def measure(shape: tuple[int, ...], args: Any, peers: dict[str, Form]) -> list[c
                 **{f"{peer}_ms": time for peer, time in times.items()},
                 "share_of_limit": products * times["product"] / times["ours"],
                 **{f"{peer}_ratio": times[peer] / times["ours"] for peer in runs if peer != "ours"},
+                "copy_tb_s": 2e-9 * inputs[0][1].nbytes / times["copy"] if args.device == "cuda" else None,
                 "product_tflops": 2e-9 * T * H * V / times["product"] if args.device == "cuda" else None,
                 "extra_mib": extra_mib(runs["ours"], inputs[0], name != "forward"),
+                "repeatable": " ".join(k for k, run in runs.items() if repeatable(run, inputs[0]))
+                if name == "both"
+                else None,
                 "flops_per_byte": products * 2 * T * H * V / moved,
             }
         )
