@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 
 # bf16 and float16, by kernel and architecture, for head sizes up to 64, 128 and 256. Chosen as the largest that spill
-# no register, and on sm_80 fit into the 99 KB of shared memory of 8.6, 8.9 and 12.
+# no register, and on sm_80 fit into the 99 KB of shared memory of 8.6, 8.9 and 12; not yet measured on a GPU.
 TILES = {
     ("forward", "sm_90"): (Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     ("query gradient", "sm_90"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 2)),

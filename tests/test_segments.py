@@ -74,7 +74,7 @@ def test_too_many_elements() -> None:
 )
 def test_on_the_gpu(heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
     lengths = [300, 1, 129, 0, 513, 64, 257, 10, 5, 130]
-    for prefix in ([-1, 0, 0, 0, -1, -1, 5, -1, 7, 7], [-1] * 10):
+    for prefix in ([-1] * 10, [-1, 0, 0, 0, -1, -1, 5, -1, 7, 7]):
         check_accuracy("triton", lengths, prefix, heads, size, dtype, "cuda")
     check_isolation("triton", lengths, prefix, size, "cuda")
 
