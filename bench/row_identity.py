@@ -16,6 +16,7 @@ from torch import Tensor
 
 from groupwise.bench import common
 from groupwise.kernels import grouped_logprob, implementation, tiles
+from groupwise.kernels.dispatch import architecture_of
 
 GPU_SHAPES = [(1536, 151936), (3584, 152064)]
 CPU_SHAPES = [(64, 512), (64, 20000)]
@@ -60,7 +61,7 @@ def measure(shape: tuple[int, ...], args: Any) -> list[common.Row]:
 
 def by_tiles(run: Any, expected: Tensor, device: torch.device) -> list[common.Row]:
     """The forward kernel with other tiles; those that do not fit the device are left out."""
-    key = ("forward", tiles.architecture_of(device))
+    key = ("forward", architecture_of(device))
     usual, rows = tiles.TILES[key], []
     for row, column, depth in TILE_SIZES:
         name = f"tiles {row}x{column}x{depth}"

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import TensorDescriptor, jit, tl, triton, triton_serves
+from .dispatch import TensorDescriptor, architecture_of, jit, tl, triton, triton_serves
 from .eager_logprob import IGNORE, rows_with_gradient, spread_rows
-from .tiles import architecture_of, tiles
+from .tiles import tiles
 
 # Columns of a forward slice. Partial results take 16 bytes a token and slice: 4.9 MB at T 8,192 and V 152,064.
 SLICE_COLUMNS = 4096

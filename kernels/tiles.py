@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -45,12 +44,3 @@ def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
     if architecture == "cpu":
         return INTERPRETER_TILES
     return FLOAT32_TILES if dtype == torch.float32 else TILES[kernel, architecture]
-
-
-@cache
-def architecture_of(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    if torch.version.hip is not None:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
