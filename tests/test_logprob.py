@@ -320,7 +320,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 64, 131), (127, 64, 5000), (513, 1536, 9001)])
+@pytest.mark.parametrize("shape", [(1, 64, 131), (127, 64, 5000), (513, 1536, 9001), (8193, 5120, 3001)])
 def test_triton_on_the_gpu(shape: Any, dtype: torch.dtype) -> None:
     inputs: Any = tuple(x.cuda() for x in make_inputs(*shape, dtype))
     as_accurate_as_plain(triton_form, inputs, 0.9, True)
