@@ -67,7 +67,8 @@ class Batch:
         weight: [T] float32, weight of the loss of the target.
         advantage: [T] float32.
         rollout_logprob: [T] float32, the sampler's log-probability of the target, 0 where there is none.
-        sequence_ids: [T] int64, index of the example in the list that was packed, -1 for a shared prompt.
+        sequence_ids: [T] int64, index of the example in the list that was packed, -1 for a shared prompt and in an
+            empty batch.
         expert: [T] bool, the target's loss is the likelihood (SFT).
         old_logprob: [T] float32, the trainer's own before the update; None until it is computed.
         ref_logprob: [T] float32, the reference's; None where no reference is used.
