@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")
     args = parser.parse_args()
     records = [json.loads(file.read_text()) for file in args.records]
+    records = [record for record in records if "balance_flops_per_byte" in record]
     devices = {record["device"] for record in records}
     if len(devices) > 1:
         sys.exit(f"roofline: the records are of {', '.join(sorted(devices))}; give those of one device")
-    records = [record for record in records if "balance_flops_per_byte" in record]
     shown = draw(records, args.out) if records else 0
     if not shown:
         sys.exit("roofline: no row has flops_per_byte and share_of_limit; give records of kernel benchmarks")
