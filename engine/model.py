@@ -24,9 +24,13 @@ from .config import ModelConfig, RopeScaling
 
 
 class Attention(Protocol):
-    """What a layer calls between its projections: ``(layer, q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D]) -> [T,Hq,D]``."""
+    """What a layer calls between its projections: ``(layer, q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D], cos, sin) -> [T,Hq,D]``.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    Queries and keys come as projected, with the factors [T,1,D] of ``apply_rotary``: a cache turns keys as it
+    stores them.
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 
 
 class PackedAttention:
@@ -43,7 +47,8 @@ class PackedAttention:
         self.max_seqlen = max_seqlen
         self.prefix = prefix
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary(q, k, cos, sin)
         return packed_attention(q, k, v, self.cu_seqlens, self.max_seqlen, self.prefix)
 
 
@@ -143,9 +148,8 @@ class SelfAttention(nn.Module):
         heads = (x.shape[0], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # [T,Hq,D]
         k = self.k_norm(self.k_proj(x).view(heads))  # [T,Hkv,D]
-        q, k = apply_rotary(q, k, cos, sin)
         v = self.v_proj(x).view(heads)  # [T,Hkv,D]
-        return self.o_proj(attention(self.layer, q, k, v).flatten(1))
+        return self.o_proj(attention(self.layer, q, k, v, cos, sin).flatten(1))
 
 
 class FeedForward(nn.Module):

@@ -19,6 +19,7 @@ from ..engine.errors import UserError
 from ..engine.model import Model
 from ..kernels.attention import packed_attention, paged_attention
 from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
+from ..kernels.rotary import apply_rotary
 from .cache import BlockTables, KVCache
 from .draw import SamplingParams, choose, stream_key, uniforms
 from .scheduler import Admission, Request, Scheduler
@@ -67,7 +68,8 @@ class _CachedAttention:
     def __init__(self, cache: KVCache, slots: Tensor, attend: Callable[..., Tensor]) -> None:
         self._cache, self._slots, self._attend = cache, slots, attend
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary(q, k, cos, sin)
         self._cache.write(layer, self._slots, k, v)
         return self._attend(q, k, v, self._cache.keys[layer], self._cache.values[layer])
 
