@@ -43,9 +43,8 @@ def sample_tokens(
 ) -> Drawn:
     """A token of each row; arguments and results as ``kernels.sample_tokens``."""
     num_rows, num_vocab = logits.shape
-    results = Drawn(
-        *(torch.empty(num_rows, dtype=t, device=logits.device) for t in (torch.int64, *[torch.float32] * 2))
-    )
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    results = Drawn(tokens, *torch.empty(2, num_rows, device=logits.device))
     places = (torch.arange(num_vocab, device=logits.device) * GOLDEN_32).to(torch.int32)
     per_row = (logits, row_words(keys, positions), temperature, top_k, top_p, min_p)
     size = max(1, CHUNK_LOGITS // num_vocab)
@@ -57,37 +56,39 @@ def sample_tokens(
             chunk: slice | Tensor = members[first : first + size]
             if len(members) == num_rows:
                 chunk = slice(first, first + size)  # neighbours are read where they are
-            logits_in, *settings = (x[chunk] for x in per_row)
-            space = buffers[:, : len(logits_in)]
-            found = _most_likely(logits_in, space) if kind is greedy else _draw(logits_in, *settings, places, space)
+            some, *settings = (x[chunk] for x in per_row)
+            space = buffers[:, : len(some)]
+            found = _most_likely(some, space[0]) if kind is greedy else _draw(some, settings, places, space)
             for result, values in zip(results, found, strict=True):
                 result[chunk] = values
     return results
 
 
-def _most_likely(logits: Tensor, space: Tensor) -> Drawn:  # [C,V], [3,C,V]
+def _most_likely(logits: Tensor, space: Tensor) -> Drawn:  # [C,V] twice
     tokens = logits.argmax(1)
-    chances = torch.softmax(logits.float(), 1, out=space[0])
+    chances = torch.softmax(logits.float(), 1, out=space)
     logprobs = chances.gather(1, tokens[:, None])[:, 0].log()
     return Drawn(tokens, logprobs, torch.zeros_like(logprobs))
 
 
-def _draw(
-    logits: Tensor, words: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, places: Tensor,
-    space: Tensor,
-) -> Drawn:  # fmt: skip
+def _draw(logits: Tensor, settings: list[Tensor], places: Tensor, space: Tensor) -> Drawn:  # [C,V], [C], [V], [3,C,V]
     """Of all tokens that are kept, token v with p_v / E_v the largest: Gumbel-max, without its second logarithm."""
+    words, temperature, *truncation = settings
     x, chances, exponential = space
     _exponentials(words, places, x.view(torch.int32), chances.view(torch.int32), exponential)
     torch.div(logits.float(), temperature[:, None], out=x)
     torch.softmax(x, 1, out=chances)
     kept = chances
-    if ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
-        x.masked_fill_(x < thresholds(x, top_k, top_p, min_p)[:, None], -torch.inf)
+    if truncates(*truncation).any():
+        x.masked_fill_(x < thresholds(x, *truncation)[:, None], -torch.inf)
         kept = torch.softmax(x, 1, out=x)
     tokens = torch.div(kept, exponential, out=exponential).argmin(1, keepdim=True)
     logprobs, sampling_logprobs = (each.gather(1, tokens)[:, 0].log() for each in (chances, kept))
     return Drawn(tokens[:, 0], logprobs, sampling_logprobs)
+
+
+def truncates(top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    return (top_k > 0) | (top_p < 1) | (min_p > 0)
 
 
 def thresholds(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
