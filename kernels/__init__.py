@@ -7,9 +7,11 @@ from .dispatch import describe, implementation
 from .logprob import grouped_logprob
 from .norm import add_rms_norm, rms_norm
 from .rotary import apply_rotary, write_rotated
+from .sampling import Drawn, sample_tokens
 from .swiglu import silu_mul
 
 __all__ = [
+    "Drawn",
     "add_rms_norm",
     "apply_rotary",
     "clamped_delta_loss",
@@ -20,6 +22,7 @@ __all__ = [
     "packed_attention",
     "paged_attention",
     "rms_norm",
+    "sample_tokens",
     "silu_mul",
     "write_rotated",
 ]

@@ -26,6 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
     "paged_attention": ("eager",),
+    "sample_tokens": ("triton", "eager"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
 # Attention kernels of others, each with the module that has it.

@@ -1,6 +1,7 @@
 """The kernels in plain PyTorch: the oracle of the tests, and what serves a CPU.
 
-Shapes: T tokens, H hidden, V vocabulary, D head size. Attention stands in a file of its own.
+Shapes: T tokens, H hidden, V vocabulary, D head size. Attention, the log-probability and the draw
+of tokens stand in files of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from .eager_attention import packed_attention as packed_attention
 from .eager_attention import paged_attention as paged_attention
 from .eager_logprob import IGNORE as IGNORE
 from .eager_logprob import grouped_logprob as grouped_logprob
+from .eager_sampling import Drawn as Drawn
+from .eager_sampling import sample_tokens as sample_tokens
 
 
 def clamped_delta_loss(
