@@ -7,6 +7,7 @@ a value out of range is a :class:`UserError` that names the key, the value and w
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -211,14 +212,38 @@ class RolloutConfig:
 
     temperature: float = setting(1.0, "softmax temperature of training rollouts", minimum=0)
     top_p: float = setting(1.0, "nucleus of training rollouts", minimum=0, maximum=1)
-    kv_memory_gib: float = setting(0.25, "memory of the KV cache on a rank", minimum=0, changeable=True)
-    block_size: int = setting(16, "tokens in a KV block", minimum=1)
+    kv_memory: str = setting(
+        "0.25", "memory of the KV cache on a rank: GiB, or a share of the device's such as 40%", changeable=True
+    )
+    exact: bool = setting(
+        False, "log-probabilities of sampler and trainer equal to the last bit; float32 on a CPU, slower"
+    )
     concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0, changeable=True)
     max_turns: int = setting(10, "model turns of a trajectory", minimum=1)
     max_tokens_per_turn: int = setting(2048, "tokens the model may write in a turn", minimum=1)
     max_trajectory_tokens: int = setting(8192, "tokens of a trajectory, prompt included", minimum=1)
     max_observation_tokens: int = setting(1024, "tokens of an observation; head and tail are kept", minimum=8)
     max_consecutive_errors: int = setting(5, "failed executions in a row that end a trajectory", minimum=1)
+
+    def __post_init__(self) -> None:
+        kv_bytes(self.kv_memory, 2**40)
+
+
+def kv_bytes(kv_memory: float | str, device_memory: float) -> int:
+    """Bytes that ``rollout.kv_memory`` means on a device with so much memory: GiB, or a share such as "40%".
+
+    Raises:
+        UserError: it is neither.
+    """
+    text = str(kv_memory).strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not 0 < number < (100 if share else math.inf):
+        raise UserError(f'kv_memory is {kv_memory!r}, expected GiB such as 4, or a share of the device such as "40%"')
+    return int(number / 100 * device_memory) if share else int(number * 2**30)
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,15 @@ def progress(work: Iterable[Item], description: str, *, total: int | None = None
             bar.advance()
 
 
+def free_memory(device: torch.device, local_ranks: int = 1) -> float:
+    """Bytes that a rank may take: all of its GPU, or its share of what this machine has available."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return available * 1024 / local_ranks
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process has held: allocated on a CUDA device, resident on a CPU."""
     if device.type == "cuda":

@@ -109,7 +109,7 @@ def plan_memory(config: Config, num_ranks: int, device_type: str, phases: Sequen
     """Count what each phase takes on a rank.
 
     Args:
-        config: ``config.model`` is the shape, whatever its ``folder`` says.
+        config: ``config.model`` is the shape, whatever its ``folder`` says; ``rollout.kv_memory`` is in GiB.
         num_ranks: of the launch; a multiple of ``run.shard_size``.
         device_type: "cuda" or "cpu"; their kernels keep different tensors.
         phases: those that a recipe goes through. Without "update" there are no moments, without "rollout" no KV
@@ -359,7 +359,7 @@ class _Rank:
         # Logits, log-probabilities, chances, their float64 sums and a copy that is summed; their order and sums before.
         a_logit = 28 if settings.top_p == evaluate.top_p == 1 else 44
         whole = {
-            "KV blocks": int(settings.kv_memory_gib * 2**30),
+            "KV blocks": int(float(settings.kv_memory) * 2**30),
             "gather buffers": self.gathered(self.model.num_hidden_layers),
         }
         prefill = {"activations": self.forward_work(tokens)}

@@ -83,12 +83,10 @@ def propose(
 def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[Any]]]:
     """Settings that save memory and their better values, what costs least first."""
     settings, rollout = config.optimizer, config.rollout
-    tokens, kv = settings.tokens_per_microbatch, rollout.kv_memory_gib
+    tokens, kv = settings.tokens_per_microbatch, float(rollout.kv_memory)
     model = config.model
     channels = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_size  # keys and values of a token
-    trajectory = (
-        (rollout.max_trajectory_tokens + rollout.block_size) * channels * compute_bytes(config, device_type) / 2**30
-    )
+    trajectory = rollout.max_trajectory_tokens * channels * compute_bytes(config, device_type) / 2**30
     shorter = [tokens >> i for i in range(1, 5) if tokens >> i >= rollout.max_trajectory_tokens]
     table: list[tuple[str, str, list[Any]]] = [
         ("optimizer", "reshard_after_forward", [] if settings.reshard_after_forward else [True]),
@@ -96,7 +94,7 @@ def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[
         ("run", "shard_size", [0] if config.run.shard_size else []),
         ("optimizer", "tokens_per_microbatch", shorter),  # an example is never split
         ("optimizer", "activation_checkpointing", ["block"] if settings.activation_checkpointing == "none" else []),
-        ("rollout", "kv_memory_gib", [kv * share for share in (0.75, 0.5, 0.25, 0.125) if kv * share >= trajectory]),
+        ("rollout", "kv_memory", [f"{kv * x:g}" for x in (0.75, 0.5, 0.25, 0.125) if kv * x > trajectory]),
     ]
     if device_type == "cuda":
         places = ["none", "reference", "all"]

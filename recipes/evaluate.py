@@ -18,7 +18,7 @@ from ..engine.metrics import progress
 from ..rewards.answer import answer_correct
 from ..rollout.task import read_tasks
 from .policy import Policy, load_policy
-from .rollouts import Rollouts
+from .rollouts import Rollouts, my_share
 from .run import Run, launch, write_atomically
 
 NUM_EXAMPLES = 5  # trajectories kept to be looked at
@@ -51,7 +51,7 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
         return json.loads(file.read_text())
     settings, mesh = run.config.evaluate, run.mesh
     tasks = list(read_tasks(run.folder / "data" / "eval.jsonl"))
-    mine = tasks[mesh.rank :: mesh.world_size]
+    mine = my_share(run, tasks, lambda task: len(task.description) + len(task.question))
     # Ranks with fewer tasks still take part in every gathering of the weights.
     rounds = -(-len(tasks) // (CHUNK * mesh.world_size))
     outcomes: list[Outcome] = []

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
+from ..data.trajectories import Expert
 from ..engine.batch import Batch, Example, pack
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
@@ -22,7 +23,7 @@ from ..rewards.curriculum import score, structure_schedule
 from ..rollout.trajectory import Group
 from .experts import Experts
 from .policy import load_policy, load_reference, save_policy
-from .rollouts import Rollouts
+from .rollouts import Rollouts, my_share
 from .run import Run, launch
 from .training import Training, places
 
@@ -61,7 +62,7 @@ def grpo(run: Run) -> Path:
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
             timer = Timer(run.mesh.device)
-            mine = [pool[i] for i in my_places(run, step, len(pool), settings.prompts_per_step)]
+            mine = my_share(run, drawn(run, pool, settings.prompts_per_step, step), expert_length)
             with timer("generate"):
                 groups = rollouts.sample(
                     [expert.task for expert in mine],
@@ -72,7 +73,8 @@ def grpo(run: Run) -> Path:
                 )
             with timer("reward"):
                 score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
-                shown = mine + [pool[i] for i in my_places(run, step, len(pool), settings.experts_per_step, 1)]
+                others = drawn(run, pool, settings.experts_per_step, step, 1)
+                shown = mine + my_share(run, others, expert_length)
                 imitated = experts.examples(shown, step, policy.tokenizer) if gamma(step) else []
                 batches = to_batches(run, groups, imitated)
             with timer("reference"):
@@ -81,15 +83,20 @@ def grpo(run: Run) -> Path:
                         batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
             with timer("update"):
                 update = training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
-            training.metrics.log(step, {**measure(run, groups, update, timer), "gamma": gamma(step)})
+            record = measure(run, groups, update, timer) | rollouts.metrics()
+            training.metrics.log(step, {**record, "gamma": gamma(step)})
     save_policy(run, policy, folder / "model")
     return folder / "model"
 
 
-def my_places(run: Run, step: int, total: int, count: int, stream: int = 0) -> list[int]:
-    """This rank's share of the ``count`` places that a step draws from ``total``; another stream draws others."""
-    chosen = places(step, count, total, run.config.run.seed + stream)
-    return chosen[run.mesh.rank :: run.mesh.world_size]
+def drawn(run: Run, pool: Sequence[Expert], count: int, step: int, stream: int = 0) -> list[Expert]:
+    """The ``count`` experts whose tasks a step asks, over all ranks; another stream draws others."""
+    return [pool[i] for i in places(step, count, len(pool), run.config.run.seed + stream)]
+
+
+def expert_length(expert: Expert) -> int:
+    """Characters of an expert's trajectory: about how long others of its task will be."""
+    return sum(len(text) for _, text in expert.spans)
 
 
 def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -> list[Batch]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..engine.config import Config
+from ..engine.config import Config, kv_bytes
 from ..engine.hf import read_config
 from ..engine.mesh import Mesh
-from ..engine.metrics import peak_memory_gib, tree_rss_gib
+from ..engine.metrics import free_memory, peak_memory_gib, tree_rss_gib
 from ..engine.planner import Plan, plan_memory
 from ..engine.proposal import check_fits
 
@@ -31,9 +31,10 @@ class PlannedMemory:
         self._before = peak_memory_gib(mesh.device)
         self.plan: Plan | None = None
         if phases:
-            config = with_shape(config)
+            memory = free_memory(mesh.device, mesh.local_world_size)
+            config = settled(config, memory)
             self.plan = plan_memory(config, mesh.world_size, mesh.device.type, phases)
-            check_fits(config, self.plan, free_memory(mesh.device, mesh.local_world_size))
+            check_fits(config, self.plan, memory)
 
     def report(self) -> str:
         """One line for the end of a run: planned against measured, of this rank."""
@@ -48,20 +49,14 @@ class PlannedMemory:
         return f"{planned} of tensors; resident memory grew by at most {spell(grown)}, {beside}"
 
 
-def with_shape(config: Config) -> Config:
-    """The configuration with the shape of the model in ``model.folder``, if there is one."""
-    if not config.model.folder:
-        return config
-    return dataclasses.replace(config, model=read_config(config.model.folder))
+def settled(config: Config, memory: float) -> Config:
+    """The configuration with the shape of ``model.folder``, if there is one, and ``rollout.kv_memory`` in GiB.
 
-
-def free_memory(device: torch.device, local_ranks: int) -> float:
-    """Bytes that a rank may take: all of its GPU, or its share of what this machine has available."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    return available * 1024 / local_ranks
+    ``memory``: bytes that a rank has, of which ``kv_memory`` may be a share.
+    """
+    rollout = dataclasses.replace(config.rollout, kv_memory=f"{kv_bytes(config.rollout.kv_memory, memory) / 2**30:.6g}")
+    model = read_config(config.model.folder) if config.model.folder else config.model
+    return dataclasses.replace(config, model=model, rollout=rollout)
 
 
 def spell(size: float) -> str:

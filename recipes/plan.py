@@ -17,9 +17,10 @@ from rich.console import Console
 
 from ..engine.config import describe_settings, load_config
 from ..engine.errors import UserError
+from ..engine.metrics import free_memory
 from ..engine.planner import plan_memory
 from ..engine.proposal import check_fits
-from .memory import free_memory, spell, with_shape
+from .memory import settled, spell
 
 
 def parse_gpus(text: str) -> tuple[int, float]:
@@ -49,13 +50,14 @@ def plan(argv: Sequence[str]) -> None:
         else:
             words.append(word)
     path = words[0] if words and "=" not in words[0] else None
-    config = with_shape(load_config(path, words[1:] if path else words))
+    config = load_config(path, words[1:] if path else words)
     device_type = "cuda"
     if not gpus:
         found = torch.cuda.device_count()
         ranks = int(os.environ.get("WORLD_SIZE", found or 1))
         device_type = "cuda" if found >= ranks else "cpu"
         memory = free_memory(torch.device(device_type), ranks)
+    config = settled(config, memory)
     planned = plan_memory(config, ranks, device_type)
     Console().print(planned.table())
     check_fits(config, planned, memory)

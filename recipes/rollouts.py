@@ -1,17 +1,23 @@
 """Where a policy meets its environment: one sampler and one sandbox that stages share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
+from ..engine.config import kv_bytes
+from ..engine.metrics import free_memory
 from ..engine.model import Model
 from ..rollout.agent import AgentLimits, run_agent
 from ..rollout.sampler import Sampler, SamplingParams
 from ..rollout.sandbox import Limits, Sandbox
+from ..rollout.spread import spread
 from ..rollout.task import Task
 from ..rollout.trajectory import Group
 from .policy import Policy
 from .run import Run
+
+Item = TypeVar("Item")
 
 
 class Rollouts:
@@ -23,8 +29,8 @@ class Rollouts:
     """
 
     def __init__(self, run: Run, policy: Policy) -> None:
-        settings = run.config.rollout
-        self._policy = policy
+        settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
+        self._policy, self._mesh = policy, run.mesh
         self._limits = AgentLimits(
             max_turns=settings.max_turns,
             max_tokens_per_turn=settings.max_tokens_per_turn,
@@ -35,9 +41,9 @@ class Rollouts:
         self.sampler = Sampler(
             cast(Model, policy.model.module),
             policy.tokenizer,
-            kv_memory_gib=settings.kv_memory_gib,
-            block_size=settings.block_size,
+            kv_memory=kv_bytes(settings.kv_memory, memory) / 2**30,
             concurrency=settings.concurrency,
+            exact=settings.exact,
         )
         self.sandbox = open_sandbox(run)
 
@@ -63,6 +69,13 @@ class Rollouts:
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
 
+    def metrics(self) -> dict[str, float]:
+        """What all ranks sampled since the last call: their sum of tokens a second, and means. Collective."""
+        ranks = self._mesh.all_gather_object(self.sampler.metrics())
+        found = {name: fmean(rank[name] for rank in ranks) for name in ranks[0]}
+        found["sampling/tokens_per_s"] *= len(ranks)
+        return found
+
     def __enter__(self) -> Self:
         return self
 
@@ -70,6 +83,12 @@ class Rollouts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sandbox.close()
+
+
+def my_share(run: Run, items: Sequence[Item], cost: Callable[[Item], float]) -> list[Item]:
+    """Those of ``items`` that this rank samples: nearly as many as every other, of nearly the same cost."""
+    shares = spread([cost(item) for item in items], run.mesh.world_size)
+    return [items[index] for index in shares[run.mesh.rank]]
 
 
 def open_sandbox(run: Run) -> Sandbox:

@@ -36,8 +36,8 @@ class Samples(Protocol):
     def has_work(self) -> bool: ...
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int: ...
     def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None: ...
-    def release(self, request_id: int) -> None: ...
-    def step(self) -> list[Completion]: ...
+    def cancel(self, request_id: int) -> None: ...
+    def poll(self) -> list[Completion]: ...
 
 
 class Executes(Protocol):
@@ -164,7 +164,7 @@ class _Loop:
         """Works until every trajectory has ended."""
         while self._writing or self._executing:
             if self._sampler.has_work:
-                for completion in self._sampler.step():
+                for completion in self._sampler.poll():
                     self._read_turn(self._writing.pop(completion.request_id), completion)
             elif self._executing:
                 self._read_execution(self._executed.get())
@@ -201,8 +201,8 @@ class _Loop:
         trajectory = episode.trajectory
         episode.add(Span("model", list(completion.token_ids), list(completion.logprobs)))
         episode.turns += 1
-        if completion.finish_reason == "length":
-            self._end(episode, "token_limit")
+        if completion.finish_reason != "stop":
+            self._end(episode, "token_limit" if completion.finish_reason == "length" else "failed")
             return
         turn = episode.grammar.parse_turn(completion.text)
         if turn.kind == "void":
@@ -260,7 +260,7 @@ class _Loop:
 
     def _release(self, episode: _Episode) -> None:
         if episode.request is not None:
-            self._sampler.release(episode.request)
+            self._sampler.cancel(episode.request)
             episode.request = None
 
 

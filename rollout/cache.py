@@ -3,8 +3,13 @@
 The first is bookkeeping in NumPy and never touches a tensor, so that its rules can be tested by themselves:
 a block is free or it is counted once for each row that holds it; a row may write only into a block that it alone
 holds; after a flush nothing stored before can be read.
+
+A full block may be named by its content, so that another row that begins with the same tokens finds it. A named block
+that nobody holds stays until its memory is wanted.
 """
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -17,16 +22,28 @@ from ..engine.config import ModelConfig
 
 Copies = list[tuple[int, int]]
 """Blocks to copy before the next write: (source, destination)."""
+Saved = tuple[Tensor, Tensor]
+"""Keys and values of some blocks in the host's memory, [L, blocks, block_size, Hkv, D] each."""
 
 
 class OutOfBlocks(RuntimeError):
     """A reservation asked for more blocks than are free; nothing was changed."""
 
 
+def add_names(names: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+    """Extends the names of a sequence's full blocks: digests of all tokens up to each block's end, 16 bytes."""
+    for start in range(len(names) * block_size, len(token_ids) - block_size + 1, block_size):
+        before = names[-1] if names else b""
+        tokens = array("i", token_ids[start : start + block_size]).tobytes()
+        names.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
+
+
 class BlockTables:
     """Reference-counted blocks of tokens, in one table with a row for each sequence.
 
-    A closed row cannot be read, and :meth:`flush` closes them all.
+    A closed row cannot be read, and :meth:`flush` closes them all. A block that was never used is taken only when
+    there is no other, so ``peak_blocks``, the most that were held at a time, are also the first of the pool and all
+    that were ever used.
 
     Args:
         num_blocks: blocks in the pool.
@@ -43,20 +60,24 @@ class BlockTables:
         self.tables: NDArray[np.int32] = np.zeros((8, max_blocks), np.int32)  # Unused cells name block 0: readable.
         self.counts: NDArray[np.int32] = np.zeros(8, np.int32)  # blocks held by each row
         self.lengths: NDArray[np.int64] = np.zeros(8, np.int64)  # tokens stored by each row
+        self.taken: list[int] = []  # blocks that rows took since the user of this list last emptied it
         self._open: NDArray[np.bool_] = np.zeros(8, np.bool_)
         # Last in, first out: blocks that were used a moment ago are still in the processor's cache.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free: list[int] = []  # of those that were used before, the nameless ones
+        self._kept: dict[int, None] = {}  # those that have a name; the one that served longest ago comes first
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
         self._free_rows = list(range(7, -1, -1))
 
     @property
     def free_blocks(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._free)
+        return self.num_blocks - self.peak_blocks + len(self._free) + len(self._kept)
 
     @property
     def used_blocks(self) -> int:
         """Blocks that somebody holds; a shared one counts once."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.free_blocks
 
     def open(self) -> int:
         """Opens an empty row and returns its number."""
@@ -69,7 +90,7 @@ class BlockTables:
     def close(self, row: int) -> None:
         """Gives back every block of the row, and the row."""
         self._check(row)
-        for block in self.tables[row, : self.counts[row]].tolist():
+        for block in reversed(self.tables[row, : self.counts[row]].tolist()):  # what others may share goes last
             self._drop(block)
         self._reset(row)
 
@@ -86,6 +107,46 @@ class BlockTables:
         self.lengths[row] = length
         self.references[shared] += 1
         return row
+
+    def stored(self, names: Sequence[bytes]) -> tuple[int, int]:
+        """How many of a sequence's first blocks are stored by these names, and how many of them nobody holds."""
+        count = idle = 0
+        for name in names:
+            block = self._named.get(name)
+            if block is None:
+                break
+            count += 1
+            idle += self.references[block] == 0
+        return count, idle
+
+    def adopt(self, names: Sequence[bytes]) -> int:
+        """Opens a row that begins with the blocks that are stored by these names, up to the first that is not."""
+        row = self.open()
+        count, _ = self.stored(names)
+        for column, name in enumerate(names[:count]):
+            block = self._named[name]
+            self._kept.pop(block, None)
+            self.references[block] += 1
+            self.tables[row, column] = block
+        self.counts[row] = count
+        self.lengths[row] = count * self.block_size
+        return row
+
+    def name(self, row: int, first: int, names: Sequence[bytes]) -> None:
+        """Names the row's blocks from number ``first`` on, which are full and will not change."""
+        self._check(row)
+        for column, name in enumerate(names, first):
+            block = int(self.tables[row, column])
+            if block not in self._names and name not in self._named:
+                self._names[block] = name
+                self._named[name] = block
+
+    def forget_names(self) -> None:
+        """Takes all names away: no row will begin with what is stored now."""
+        self._free += self._kept
+        self._kept.clear()
+        self._names.clear()
+        self._named.clear()
 
     def blocks_of(self, tokens: int) -> int:
         """Blocks that so many tokens fill."""
@@ -110,8 +171,8 @@ class BlockTables:
             ValueError: the row would grow beyond ``max_blocks``.
         """
         needed = self.needed(row, tokens)
-        if needed > len(self._free):
-            raise OutOfBlocks(f"{needed} blocks are needed and {len(self._free)} are free")
+        if needed > self.free_blocks:
+            raise OutOfBlocks(f"{needed} blocks are needed and {self.free_blocks} are free")
         length, count = int(self.lengths[row]), int(self.counts[row])
         total = self.blocks_of(length + tokens)
         if total > self.max_blocks:
@@ -128,7 +189,6 @@ class BlockTables:
             self.tables[row, column] = self._take()
         self.counts[row] = total
         self.lengths[row] = length + tokens
-        self.peak_blocks = max(self.peak_blocks, self.used_blocks)
         return copies
 
     def needed_for_next(self, rows: NDArray[np.int64]) -> int:
@@ -138,8 +198,8 @@ class BlockTables:
     def reserve_next(self, rows: NDArray[np.int64]) -> Copies:
         """:meth:`reserve` of one token in each of ``rows``, in one go. Only rows at an edge cost Python time."""
         edge = self._at_edge(rows)
-        if int(edge.sum()) > len(self._free):
-            raise OutOfBlocks(f"{int(edge.sum())} blocks are needed and {len(self._free)} are free")
+        if int(edge.sum()) > self.free_blocks:
+            raise OutOfBlocks(f"{int(edge.sum())} blocks are needed and {self.free_blocks} are free")
         copies: Copies = []
         if edge.any():
             for row in rows[edge].tolist():
@@ -165,9 +225,10 @@ class BlockTables:
         return self.tables[rows, : max(1, int(self.counts[rows].max()))]
 
     def flush(self) -> None:
-        """Closes every row: what is stored was computed with weights that are gone."""
+        """Closes every row and forgets every name: what is stored was computed with weights that are gone."""
         for row in np.flatnonzero(self._open).tolist():
             self.close(row)
+        self.forget_names()
 
     def _at_edge(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         lengths = self.lengths[rows]
@@ -176,14 +237,25 @@ class BlockTables:
         return full | (self.references[last] > 1)
 
     def _take(self) -> int:
-        block = self._free.pop()
+        if self._free:
+            block = self._free.pop()
+        elif self._kept:
+            block = next(iter(self._kept))
+            del self._kept[block], self._named[self._names.pop(block)]
+        else:
+            block = self.peak_blocks
+            self.peak_blocks += 1
         self.references[block] = 1
+        self.taken.append(block)
         return block
 
     def _drop(self, block: int) -> None:
         self.references[block] -= 1
         if self.references[block] == 0:
-            self._free.append(block)
+            if block in self._names:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
 
     def _reset(self, row: int) -> None:
         self.tables[row, : self.counts[row]] = 0
@@ -225,6 +297,7 @@ class KVCache:
         self._shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_size)
         self._device, self._dtype = device, dtype
         self._ready = 0
+        self._spoilt = False
 
     @cached_property
     def keys(self) -> Tensor:
@@ -234,18 +307,38 @@ class KVCache:
     def values(self) -> Tensor:
         return torch.empty(self._shape, device=self._device, dtype=self._dtype)
 
-    def prepare(self, num_blocks: int) -> None:
-        """Makes the first blocks fit for use; a CPU's pages are not touched before they serve."""
+    def prepare(self, num_blocks: int, taken: list[int], copies: Copies) -> None:
+        """Makes the first blocks of the pool fit for use, and makes the copies that writing waits for.
+
+        A CPU's pages are not touched before they serve. ``taken`` are the blocks that were taken since the last call;
+        the list is emptied.
+        """
         if num_blocks > self._ready:
             for pool in (self.keys, self.values):
                 pool[:, self._ready : num_blocks].zero_()
             self._ready = num_blocks
+        pairs = torch.tensor(copies, dtype=torch.int64, device=self._device).view(-1, 2)
+        for pool in (self.keys, self.values) if copies or self._spoilt else ():
+            sources = pool.index_select(1, pairs[:, 0])  # one of them may have been taken since
+            if self._spoilt:
+                pool[:, taken] = 0
+            pool.index_copy_(1, pairs[:, 1], sources)
+        taken.clear()
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k and v [T,Hkv,D] of one layer at ``slots`` [T] int64, indices into the pool's tokens."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def distrust(self) -> None:
+        """From now on blocks are zeroed each time they are taken: some hold what is not finite."""
+        self._spoilt = True
 
     def free(self) -> None:
         """Gives the memory back; what was stored is gone."""
         for name in ("keys", "values"):
             self.__dict__.pop(name, None)
-        self._ready = 0
+        self._ready, self._spoilt = 0, False
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -253,13 +346,14 @@ class KVCache:
         tokens = 2 * config.num_hidden_layers * block_size
         return tokens * config.num_key_value_heads * config.head_size * dtype.itemsize
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores k and v [T,Hkv,D] of one layer at ``slots`` [T] int64, indices into the pool's tokens."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+    def save(self, blocks: NDArray[np.int32]) -> Saved:
+        """Whole blocks, copied to the host's memory."""
+        index = torch.from_numpy(blocks).to(self._device)
+        keys, values = (pool.index_select(1, index).cpu() for pool in (self.keys, self.values))
+        return keys, values
 
-    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks, (source, destination), in every layer."""
-        pairs = torch.tensor(copies, device=self.keys.device)
-        for pool in (self.keys, self.values):
-            pool.index_copy_(1, pairs[:, 1], pool.index_select(1, pairs[:, 0]))
+    def load(self, blocks: NDArray[np.int32], saved: Saved) -> None:
+        """Brings saved blocks back, into these."""
+        index = torch.from_numpy(blocks).to(self._device)
+        for pool, part in zip((self.keys, self.values), saved, strict=True):
+            pool.index_copy_(1, index, part.to(self._device))

@@ -1,18 +1,11 @@
-"""How one token is drawn: its settings, its random number, and the choice.
+"""How a turn is sampled: its settings, and the name of its random numbers.
 
 The random number of a token is read from a counter, (seed, task, sample, turn, position), so it does not depend on
-what was drawn before it or beside it.
-
-Legend: N sequences, V vocabulary.
+what was drawn before it or beside it. ``kernels.sampling`` draws by it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ..engine.errors import UserError
 
@@ -28,8 +21,10 @@ class SamplingParams:
         temperature: divides the logits; 0 takes the most likely token.
         top_p: keep the fewest most likely tokens whose probability reaches this, after ``top_k``; 1 keeps all.
         top_k: keep so many most likely tokens; 0 keeps all.
+        min_p: keep tokens at least so likely as a share of the most likely one, after ``top_p``; 0 keeps all.
         max_tokens: tokens of the turn, at most.
         stop: strings that end the turn; the tokens that spell them are kept.
+        stop_ids: token ids that end the turn beside the tokenizer's end token; they are kept.
         seed: of the random numbers.
 
     Raises:
@@ -39,8 +34,10 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +45,7 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
         )
@@ -69,48 +67,3 @@ def stream_key(seed: int, stream: Sequence[int]) -> int:
     for part in stream:
         key = _mix(((key + _GOLDEN) & _MASK) ^ (part & _MASK))
     return key
-
-
-def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each (key, position): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) read at a place."""
-    x = keys + (positions + np.uint64(1)) * np.uint64(_GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    # 40 bits: so that u times a float64 total is always below the total.
-    return (x >> np.uint64(24)) * 2.0**-40
-
-
-def choose(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Draws a token of each row by inverting the cumulative distribution.
-
-    Args:
-        logits: [N,V] float32.
-        uniform: [N] float64 in [0, 1).
-        temperature, top_k, top_p: as in :class:`SamplingParams`.
-
-    Returns:
-        ``(tokens[N] int64, logprobs[N] float32)``, the latter under softmax(logits / temperature).
-    """
-    if temperature == 0:
-        logprobs = torch.log_softmax(logits, 1)
-        tokens = logits.argmax(1, keepdim=True)
-        return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
-    logprobs = torch.log_softmax(logits / temperature if temperature != 1 else logits, 1)
-    chances = logprobs.exp()
-    order = None
-    if top_k or top_p < 1:
-        chances, order = chances.sort(dim=1, descending=True, stable=True)
-        if top_k:
-            chances[:, top_k:] = 0
-        if top_p < 1:
-            before = chances.cumsum(1, dtype=torch.float64) - chances
-            chances = chances.masked_fill(before >= top_p * chances.sum(1, keepdim=True, dtype=torch.float64), 0)
-    total = chances.cumsum(1, dtype=torch.float64)
-    tokens = torch.searchsorted(total, total[:, -1:] * uniform[:, None], right=True)
-    # Only rows of NaN, which the caller reports, can run past the end.
-    tokens = tokens.clamp_(max=logits.shape[1] - 1)
-    tokens = tokens if order is None else order.gather(1, tokens)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

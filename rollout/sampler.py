@@ -1,92 +1,55 @@
 """Sampling from the policy: prefill and decode over the paged cache, with the trainer's own model.
 
 What a request gets depends on its prompt, its parameters and its place in the counter (seed, task, sample, turn,
-position) alone: not on what else runs, on ``concurrency``, or on memory running short.
+position) alone: not on what else runs, on ``concurrency``, on the rank, or on memory running short.
 
-Legend: N sequences, T tokens, H hidden, V vocabulary.
+On CUDA the host is a step behind: while a step computes, the tokens of the one before are read, so the device does not
+wait for the host to look for stop strings. A sequence that proves to have ended has computed one token in vain.
+
+Legend: N sequences, H hidden.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.config import kv_bytes
 from ..engine.errors import UserError
+from ..engine.metrics import ProgressBar, free_memory
 from ..engine.model import Model
-from ..kernels.attention import packed_attention, paged_attention
-from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
-from ..kernels.rotary import apply_rotary
-from .cache import BlockTables, KVCache
-from .draw import SamplingParams, choose, stream_key, uniforms
-from .scheduler import Admission, Request, Scheduler
+from .cache import BlockTables, Copies, KVCache
+from .draw import SamplingParams, stream_key
+from .forward import Forward
+from .generation import Completion, Draft, Generation, draws_of
+from .scheduler import Scheduler, Step, rows_of
 from .stop import Decodes, StopFinder
 
-_COUNTS = ("prefill_tokens", "prefix_hit_tokens", "recomputed_tokens", "decode_steps", "decode_tokens", "copied_blocks")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote in one turn.
-
-    ``logprobs`` are those of ``token_ids`` under softmax(logits / temperature), whatever top_k and top_p say (at
-    temperature 0: under softmax(logits)). ``finish_reason`` is "stop" for a stop string or the end token, which
-    are part of ``token_ids``, and "length" for ``max_tokens``.
-    """
-
-    request_id: int
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-    text: str
-
-
-@dataclass(eq=False)
-class _Generation(Request):
-    """A request with what sampling must know of it."""
-
-    params: SamplingParams = field(default_factory=SamplingParams)
-    stream: tuple[int, int, int] = (0, 0, 0)
-    finder: StopFinder | None = None
-    start: int = 0  # where the present turn begins in token_ids
-    key: int = 0
-    logprobs: list[float] = field(default_factory=list)
-
-
-class _CachedAttention:
-    """Writes each layer's new keys and values into the cache, then attends to them as ``attend`` says.
-
-    Args:
-        cache: where keys and values are kept.
-        slots: [T] int64, the place of each new token.
-        attend: ``(q, k, v, k_cache, v_cache) -> [T,Hq,D]``, the caches those of the layer.
-    """
-
-    def __init__(self, cache: KVCache, slots: Tensor, attend: Callable[..., Tensor]) -> None:
-        self._cache, self._slots, self._attend = cache, slots, attend
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k = apply_rotary(q, k, cos, sin)
-        self._cache.write(layer, self._slots, k, v)
-        return self._attend(q, k, v, self._cache.keys[layer], self._cache.values[layer])
+_COUNTS = ("prefill_tokens", "decode_steps", "decode_tokens", "copied_blocks", "sampled_tokens")
 
 
 class Sampler:
     """Samples turns from a model, many at once, keeping their keys and values between turns.
 
     Args:
-        model: a whole ``engine.Model``; of a sharded one its ``.module``, inside ``gathered()``.
+        model: a whole ``engine.Model``; of a sharded one its ``.module``, inside ``gathered()``. There is no copy.
         tokenizer: decodes texts for stop strings and names the end token.
-        kv_memory_gib: memory for keys and values, GiB. Fewer blocks than the sequences need cost time, never tokens.
+        kv_memory: memory for keys and values: GiB, or a share of the device's (of what is free, on a CPU) such as
+            "40%". Fewer blocks than the sequences need cost time, never tokens.
         block_size: tokens in a block.
-        concurrency: most sequences that decode together; 0 for as many as memory holds.
-        prefill_tokens: prompt tokens computed in one step, about.
+        concurrency: most sequences that run together; 0 for as many as memory holds.
+        prefill_tokens: prompt tokens computed in one step; longer prompts are computed in chunks.
+        preemption: what becomes of the blocks that a sequence must give up: "recompute" them, or "keep" them in the
+            host's memory.
+        exact: log-probabilities equal the trainer's to the last bit; on a CPU in float32, and only where the trainer
+            forces the attention "exact" and pads its batches to multiples of 64 tokens.
 
     Raises:
-        UserError: a setting out of range, or memory for not even one block.
+        UserError: a setting out of range, memory for not even one block, or the exact mode elsewhere.
     """
 
     def __init__(
@@ -94,10 +57,12 @@ class Sampler:
         model: Model,
         tokenizer: Decodes,
         *,
-        kv_memory_gib: float,
+        kv_memory: float | str,
         block_size: int = 16,
         concurrency: int = 0,
         prefill_tokens: int = 4096,
+        preemption: Literal["recompute", "keep"] = "recompute",
+        exact: bool = False,
     ) -> None:
         settings = (
             ("block_size", block_size, 1),
@@ -107,32 +72,43 @@ class Sampler:
         for name, value, least in settings:
             if value < least:
                 raise UserError(f"{name} is {value}, expected at least {least}; correct the sampler's settings")
-        self._model, self._tokenizer = model, tokenizer
         config, weight = model.config, model.output_weight
+        if exact and (weight.device.type != "cpu" or weight.dtype != torch.float32):
+            raise UserError(f"exact sampling is for float32 on a CPU, the model is {weight.dtype} on {weight.device}")
+        self._tokenizer = tokenizer
         self._device = weight.device
         block_bytes = KVCache.block_bytes(config, block_size, weight.dtype)
-        num_blocks = int(kv_memory_gib * 2**30) // block_bytes
+        num_blocks = kv_bytes(kv_memory, free_memory(self._device)) // block_bytes
         if num_blocks < 1:
             raise UserError(
-                f"kv_memory_gib is {kv_memory_gib}, less than one block of {block_size} tokens "
+                f"kv_memory is {kv_memory}, less than one block of {block_size} tokens "
                 f"({block_bytes / 2**30:.6f} GiB); raise it"
             )
         self._max_length = config.max_position_embeddings
         self._vocab_size = config.vocab_size
+        self._block_bytes = block_bytes
         self._cache = KVCache(config, num_blocks, block_size, self._device, weight.dtype)
         self._tables = BlockTables(num_blocks, block_size, -(-self._max_length // block_size))
-        self._scheduler: Scheduler[_Generation] = Scheduler(
-            self._tables, concurrency=concurrency, prefill_tokens=prefill_tokens
+        self._forward = Forward(model, self._cache, self._tables, exact=exact)
+        self._scheduler: Scheduler[Generation] = Scheduler(
+            self._tables,
+            concurrency=concurrency,
+            prefill_tokens=prefill_tokens,
+            save=self._cache.save if preemption == "keep" else None,
         )
-        self._requests: dict[int, _Generation] = {}
+        self._is_behind = self._device.type == "cuda"  # reads the tokens of a step while the next one computes
+        self._draft: Draft | None = None
+        self._requests: dict[int, Generation] = {}
         self._next_id = 0
         self._texts: list[str] = []
         self._finders: dict[tuple[str, ...], StopFinder] = {}
         self._counts = dict.fromkeys(_COUNTS, 0)
+        self._seconds = 0.0
+        self._seen: dict[str, float] = {}
 
     @property
     def has_work(self) -> bool:
-        """Whether :meth:`step` has something to do."""
+        """Whether :meth:`poll` has something to do."""
         return self._scheduler.has_work
 
     @property
@@ -140,17 +116,37 @@ class Sampler:
         """Counts since the start.
 
         ``prefill_tokens`` computed in prefills (``recomputed_tokens`` of them not for the first time),
-        ``prefix_hit_tokens`` of prompts that were shared instead, ``decode_steps`` and ``decode_tokens``,
+        ``prefix_hit_tokens`` that were stored already, ``decode_steps`` and ``decode_tokens``, ``sampled_tokens``,
         ``copied_blocks`` on write, ``peak_blocks``, ``used_blocks`` and ``num_blocks`` of the cache,
         ``preemptions`` of running requests and ``evictions`` of idle ones.
         """
         return {
             **self._counts,
+            "prefix_hit_tokens": self._scheduler.found_tokens,
+            "recomputed_tokens": self._scheduler.recomputed_tokens,
             "used_blocks": self._tables.used_blocks,
             "peak_blocks": self._tables.peak_blocks,
             "num_blocks": self._tables.num_blocks,
             "preemptions": self._scheduler.preemptions,
             "evictions": self._scheduler.evictions,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call, by the names of a training record; the peak of the cache since the start.
+
+        ``sampling/tokens_per_s`` counts the time inside :meth:`poll`; ``sampling/prefix_hit_rate`` is the share of the
+        tokens of prompts and observations that were stored already.
+        """
+        now = {**self.stats, "seconds": self._seconds}
+        new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
+        self._seen = now
+        prompts = new["prefix_hit_tokens"] + new["prefill_tokens"]
+        return {
+            "sampling/tokens_per_s": new["sampled_tokens"] / new["seconds"] if new["seconds"] else 0.0,
+            "sampling/prefix_hit_rate": new["prefix_hit_tokens"] / prompts if prompts else 0.0,
+            "sampling/kv_peak_gib": now["peak_blocks"] * self._block_bytes / 2**30,
+            "sampling/kv_peak_share": now["peak_blocks"] / now["num_blocks"],
+            "sampling/preemptions": new["preemptions"],
         }
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int:
@@ -162,7 +158,7 @@ class Sampler:
             stream: (task, sample, turn), the counter of its random numbers.
 
         Returns:
-            The request's id, for :meth:`extend` and :meth:`release`.
+            The request's id, for :meth:`extend` and :meth:`cancel`.
 
         Raises:
             UserError: the prompt is empty, has an id out of range, or can never fit with ``max_tokens``.
@@ -170,7 +166,7 @@ class Sampler:
         if not len(prompt_ids):
             raise UserError("the prompt is empty, expected at least one token; give it some text")
         self._check(prompt_ids, 0, params)
-        request = _Generation(self._next_id, [int(token) for token in prompt_ids])
+        request = Generation(self._next_id, [int(token) for token in prompt_ids])
         self._next_id += 1
         self._begin_turn(request, params, stream)
         self._requests[request.number] = request
@@ -195,91 +191,99 @@ class Sampler:
         self._begin_turn(request, params, (task, sample, turn + 1))
         self._scheduler.resume(request)
 
-    def release(self, request_id: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Forgets a request, finished or not, and frees its memory.
 
         Raises:
             ValueError: the request is unknown.
         """
-        request = self._find(request_id)
-        self._scheduler.remove(request)
+        self._scheduler.remove(self._find(request_id))
         del self._requests[request_id]
 
-    def step(self) -> list[Completion]:
-        """One iteration: prefills what can start, then decodes one token of every running request.
+    def poll(self) -> list[Completion]:
+        """One step: prefills what can start, up to ``prefill_tokens``, and decodes one token of every running request.
 
         Returns:
-            The turns that ended in it.
-
-        Raises:
-            FloatingPointError: the model gave logits that are not finite.
+            The turns that ended.
         """
-        done: list[Completion] = []
+        begin = time.perf_counter()
         with torch.inference_mode():
-            admissions, copies = self._scheduler.admit()
-            if admissions:
-                self._prepare(copies)
-                done += self._prefill(admissions)
-            if self._scheduler.running:
-                self._prepare(self._scheduler.make_room())
-            if self._scheduler.running:
-                done += self._decode()
+            done = self._prefill(self._scheduler.schedule())
+            draft = self._decode()
+            done += self._read()
+            self._draft = draft
+            if not self._is_behind:
+                done += self._read()
+        self._seconds += time.perf_counter() - begin
         return done
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, progress: bool = False
+    ) -> list[Completion]:
         """Samples one turn for each prompt, in order; prompt i has the stream (i, 0, 0).
+
+        Args:
+            prompts: token ids, at least one each.
+            params: of all.
+            progress: show a progress bar.
 
         Raises:
             UserError: as :meth:`submit`.
             ValueError: requests submitted otherwise are not finished; their completions would get lost here.
         """
         if self.has_work:
-            raise ValueError("generate was called while submitted requests run; finish them with step, or release them")
+            raise ValueError("generate was called while submitted requests run; finish them with poll, or cancel them")
         ids: list[int] = []
         done: dict[int, Completion] = {}
-        try:
-            for index, prompt in enumerate(prompts):
-                ids.append(self.submit(prompt, params, stream=(index, 0, 0)))
-            while len(done) < len(ids):
-                for completion in self.step():
-                    done[completion.request_id] = completion
-                    self.release(completion.request_id)
-        finally:
-            for request_id in ids:
-                if request_id not in done:
-                    self.release(request_id)
+        with ExitStack() as stack:
+            bar = stack.enter_context(ProgressBar(len(prompts), "sampling")) if progress else None
+            try:
+                for index, prompt in enumerate(prompts):
+                    ids.append(self.submit(prompt, params, stream=(index, 0, 0)))
+                while len(done) < len(ids):
+                    for completion in self.poll():
+                        done[completion.request_id] = completion
+                        self.cancel(completion.request_id)
+                        if bar is not None:
+                            bar.advance()
+            finally:
+                for request_id in ids:
+                    if request_id not in done:
+                        self.cancel(request_id)
         return [done[request_id] for request_id in ids]
 
     def flush(self) -> None:
         """To be called when weights change: nothing computed before is read again.
 
-        The cache's memory is given back until the next :meth:`step`.
+        The cache's memory is given back until the next :meth:`poll`.
         """
+        self._draft = None  # its tokens will be drawn again
         self._scheduler.flush()
         self._cache.free()
 
-    def _find(self, request_id: int) -> _Generation:
+    def _find(self, request_id: int) -> Generation:
         if request_id not in self._requests:
-            raise ValueError(f"request {request_id} is unknown; it was released, or never submitted")
+            raise ValueError(f"request {request_id} is unknown; it was cancelled, or never submitted")
         return self._requests[request_id]
 
     def _check(self, token_ids: Sequence[int], length: int, params: SamplingParams) -> None:
-        if len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            wrong = next(token for token in token_ids if not 0 <= token < self._vocab_size)
-            raise UserError(f"token id {wrong} is out of range, the model has ids 0 to {self._vocab_size - 1}")
+        for what, ids in (("token id", token_ids), ("stop id", params.stop_ids)):
+            if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+                raise UserError(f"{what} {wrong} is out of range, the model has ids 0 to {self._vocab_size - 1}")
         total = length + len(token_ids) + params.max_tokens
         stored = self._tables.num_blocks * self._tables.block_size
-        for limit, name in ((self._max_length, "max_position_embeddings"), (stored, "tokens that kv_memory_gib holds")):
+        for limit, name in ((self._max_length, "max_position_embeddings"), (stored, "tokens that kv_memory holds")):
             if total > limit:
                 raise UserError(
                     f"{length + len(token_ids)} tokens and max_tokens {params.max_tokens} make {total}, more than the "
                     f"{limit} {name}; shorten the prompt or lower max_tokens"
                 )
 
-    def _begin_turn(self, request: _Generation, params: SamplingParams, stream: tuple[int, int, int]) -> None:
+    def _begin_turn(self, request: Generation, params: SamplingParams, stream: tuple[int, int, int]) -> None:
         request.params, request.stream = params, stream
         request.key = stream_key(params.seed, stream)
-        request.start, request.logprobs = len(request.token_ids), []
+        request.start, request.logprobs, request.sampling_logprobs = len(request.token_ids), [], []
         finder = self._finders.get(params.stop)
         if finder is None:
             if params.stop and not self._texts:
@@ -287,135 +291,104 @@ class Sampler:
             finder = self._finders[params.stop] = StopFinder(self._texts, self._tokenizer, params.stop)
         request.finder = finder
 
-    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
-    def _prepare(self, copies: list[tuple[int, int]]) -> None:
+    def _prepare(self, copies: Copies) -> None:
         """The cache for what was just scheduled."""
-        self._cache.prepare(self._tables.peak_blocks)  # blocks are taken from the first on
-        if copies:
-            self._cache.copy(copies)
-            self._counts["copied_blocks"] += len(copies)
+        self._cache.prepare(self._tables.peak_blocks, self._tables.taken, copies)
+        self._counts["copied_blocks"] += len(copies)
 
-    def _prefill(self, admissions: list[Admission[_Generation]]) -> list[Completion]:
-        hidden: dict[int, Tensor] = {}
-        compute = [each for each in admissions if each.cached < len(each.request.token_ids)]
-        for group in ([each for each in compute if not each.cached], [each for each in compute if each.cached]):
-            if group:
-                rows = self._prefill_forward(group)
-                hidden.update((each.request.number, row) for each, row in zip(group, rows, strict=True))
-        last = []
-        for request, cached, _, prompt in admissions:
-            if request.number in hidden:
-                if prompt is not None:
+    def _prefill(self, step: Step[Generation]) -> list[Completion]:
+        if not step.chunks:
+            return []
+        self._prepare(step.copies)
+        for blocks, saved in step.restores:
+            self._cache.load(blocks, saved)
+        computed = [chunk for chunk in step.chunks if chunk.start < chunk.stop]
+        rows = self._forward.prefill(computed) if computed else ()
+        hidden = {chunk.request.number: row for chunk, row in zip(computed, rows, strict=True)}
+        self._counts["prefill_tokens"] += sum(chunk.stop - chunk.start for chunk in computed)
+        ended, last = [], []
+        for request, _, stop, prompt in step.chunks:
+            if stop == len(request.token_ids):
+                if prompt is not None and request.number in hidden:
                     prompt.hidden = hidden[request.number]
-            else:
-                assert prompt is not None
-                assert prompt.hidden is not None
-                self._counts["prefix_hit_tokens"] += cached
-                hidden[request.number] = prompt.hidden
-            last.append(hidden[request.number])
-        return self._sample([each.request for each in admissions], torch.stack(last))
+                state = hidden.get(request.number, prompt.hidden if prompt is not None else None)
+                assert state is not None
+                ended.append(request)
+                last.append(state)
+        if not ended:
+            return []
+        return self._record(Draft(ended, self._forward.draw(torch.stack(last), draws_of(ended))))
 
-    def _prefill_forward(self, group: list[Admission[_Generation]]) -> Tensor:
-        """Computes the new tokens of requests, all with a cached beginning or all without; [N,H] at their last."""
-        requests = [each.request for each in group]
-        starts = [each.cached for each in group]
-        stops = [len(request.token_ids) for request in requests]
-        bounds = np.cumsum([0, *(stop - start for start, stop in zip(starts, stops, strict=True))], dtype=np.int32)
-        ids = [token for request, start in zip(requests, starts, strict=True) for token in request.token_ids[start:]]
-        places = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
-        slots = [
-            self._tables.slots(request.row, start, stop)
-            for request, start, stop in zip(requests, starts, stops, strict=True)
-        ]
-        cu_seqlens, longest = self._tensor(bounds), int(np.diff(bounds).max())
-        if starts[0]:
-            tables = self._tensor(self._tables.view(np.array([request.row for request in requests])))
-            contexts = self._tensor(np.array(stops, np.int32))
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return paged_attention(q, keys, values, tables, contexts, cu_seqlens, longest)
-        else:
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return packed_attention(q, k, v, cu_seqlens, longest)
-
-        attention = _CachedAttention(self._cache, self._tensor(np.concatenate(slots)), attend)
-        hidden = self._hidden(torch.tensor(ids, device=self._device), self._tensor(np.concatenate(places)), attention)
-        self._counts["prefill_tokens"] += len(ids)
-        self._counts["recomputed_tokens"] += sum(each.recomputed for each in group)
-        return hidden[self._tensor(bounds[1:] - 1)]
-
-    def _decode(self) -> list[Completion]:
+    def _decode(self) -> Draft | None:
+        """Computes the last token of every request that decodes, be it read or not, and draws another."""
+        running = self._scheduler.running
+        requests = [each for each in running if not each.prefilling and each.place < each.params.max_tokens]
+        requests, copies = self._scheduler.make_room(requests)
+        if not requests:
+            return None
+        self._prepare(copies)
         # Neighbours whose tables begin alike are the samples of one prompt.
-        order = np.argsort(self._tables.tables[self._scheduler.rows, 0], kind="stable")
-        rows = self._scheduler.rows[order]
-        requests = [self._scheduler.running[index] for index in order.tolist()]
-        tables, lengths = self._tables.view(rows), self._tables.lengths[rows]
-        ids = torch.tensor([request.token_ids[-1] for request in requests], device=self._device)
-        attention = _CachedAttention(
-            self._cache, self._tensor(self._tables.last_slots(rows)), self._decode_attention(tables, lengths)
-        )
-        hidden = self._hidden(ids, self._tensor(lengths - 1), attention)
+        requests.sort(key=lambda each: int(self._tables.tables[each.row, 0]))
+        drawn = self._forward.decode(self._last_ids(requests), rows_of(requests), draws_of(requests))
         self._counts["decode_steps"] += 1
         self._counts["decode_tokens"] += len(requests)
-        return self._sample(requests, hidden)
+        return Draft(requests, drawn)
 
-    def _decode_attention(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> Callable[..., Tensor]:
-        config = self._model.config
-        if self._device.type == "cpu" and config.num_key_value_heads <= MAX_KV_HEADS:
-            cascade = CascadeDecode(
-                tables, lengths, self._tables.block_size, config.num_key_value_heads * config.head_size
-            )
-            return lambda q, k, v, keys, values: cascade(q, keys, values)
-        block_tables, context_lens = self._tensor(tables), self._tensor(lengths.astype(np.int32))
-        cu_seqlens = torch.arange(len(tables) + 1, dtype=torch.int32, device=self._device)
-        return lambda q, k, v, keys, values: paged_attention(q, keys, values, block_tables, context_lens, cu_seqlens, 1)
+    def _last_ids(self, requests: Sequence[Generation]) -> Tensor:
+        """[N] int64, the last token of each; of those that the host has not read the device knows them."""
+        ids = torch.tensor([request.token_ids[-1] for request in requests]).to(self._device, non_blocking=True)
+        if self._draft is None:
+            return ids
+        places = [self._draft.index[each.number] if each.drawn else -1 for each in requests]
+        index = torch.tensor(places).to(self._device, non_blocking=True)
+        return torch.where(index < 0, ids, self._draft.token_ids[index.clamp(min=0)])
 
-    def _hidden(self, ids: Tensor, positions: Tensor, attention: _CachedAttention) -> Tensor:
-        hidden = self._model(ids, positions, attention)
-        assert isinstance(hidden, Tensor)
-        return hidden
+    def _read(self) -> list[Completion]:
+        draft, self._draft = self._draft, None
+        return [] if draft is None else self._record(draft)
 
-    def _sample(self, requests: Sequence[_Generation], hidden: Tensor) -> list[Completion]:
-        """Draws the next token of each request from hidden [N,H]; returns the turns that it ends."""
-        logits = (hidden @ self._model.output_weight.T).float()  # [N,V]
-        keys = np.array([request.key for request in requests], np.uint64)
-        positions = np.array([len(request.logprobs) for request in requests], np.uint64)
-        uniform = self._tensor(uniforms(keys, positions))
-        kinds: dict[tuple[float, int, float], list[int]] = {}
-        for index, request in enumerate(requests):
-            params = request.params
-            kinds.setdefault((params.temperature, params.top_k, params.top_p), []).append(index)
-        if len(kinds) == 1:
-            tokens, logprobs = choose(logits, uniform, *next(iter(kinds)))
-        else:
-            tokens = torch.empty(len(requests), dtype=torch.int64, device=self._device)
-            logprobs = torch.empty(len(requests), device=self._device)
-            for kind, members in kinds.items():
-                tokens[members], logprobs[members] = choose(logits[members], uniform[members], *kind)
-        return self._record(requests, tokens.tolist(), logprobs.tolist())
-
-    def _record(self, requests: Sequence[_Generation], tokens: list[int], logprobs: list[float]) -> list[Completion]:
+    def _record(self, draft: Draft) -> list[Completion]:
+        """Appends the tokens to their requests; returns the turns that they end."""
         done: list[Completion] = []
-        finished: list[_Generation] = []
-        eos = self._tokenizer.eos_id
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            if not logprob > float("-inf"):
-                raise FloatingPointError(
-                    f"request {request.number} got a log-probability of {logprob} at token {len(request.token_ids)}; "
-                    "look for weights that are not finite"
-                )
-            request.token_ids.append(token)
-            request.logprobs.append(logprob)
-            finder = request.finder
-            assert finder is not None
-            stopped = token == eos or (token in finder.alarm and finder.found(request.token_ids, request.start))
-            if stopped or len(request.logprobs) == request.params.max_tokens:
-                ids = request.token_ids[request.start :]
-                reason: Literal["stop", "length"] = "stop" if stopped else "length"
-                done.append(Completion(request.number, ids, request.logprobs, reason, self._tokenizer.decode(ids)))
+        finished: list[Generation] = []
+        for request, token, logprob, sampling_logprob in draft.read():
+            reason = self._append(request, token, logprob, sampling_logprob)
+            if reason:
                 finished.append(request)
+                done.append(self._completion(request, reason))
         self._scheduler.finish(finished)
         return done
+
+    def _append(
+        self, request: Generation, token: int, logprob: float, sampling_logprob: float
+    ) -> Literal["stop", "length", "error", ""]:
+        """Appends a token; says why it ends the turn, if it does."""
+        if not math.isfinite(logprob):
+            # What is not finite must not be found by others, nor be read in masked cells of blocks that it leaves.
+            self._tables.forget_names()
+            self._cache.distrust()
+            return "error"
+        request.token_ids.append(token)
+        request.logprobs.append(logprob)
+        request.sampling_logprobs.append(sampling_logprob)
+        self._counts["sampled_tokens"] += 1
+        self._scheduler.name(request)
+        finder, params = request.finder, request.params
+        assert finder is not None
+        if token == self._tokenizer.eos_id or token in params.stop_ids:
+            return "stop"
+        if token in finder.alarm and finder.found(request.token_ids, request.start):
+            return "stop"
+        return "length" if len(request.logprobs) == params.max_tokens else ""
+
+    def _completion(self, request: Generation, reason: Literal["stop", "length", "error"]) -> Completion:
+        ids = request.token_ids[request.start :]
+        error = ""
+        if reason == "error":
+            error = (
+                f"request {request.number} got no finite log-probability at token {len(request.token_ids)}; look for "
+                "weights that are not finite"
+            )
+        return Completion(
+            request.number, ids, request.logprobs, request.sampling_logprobs, reason, self._tokenizer.decode(ids), error
+        )

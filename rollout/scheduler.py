@@ -1,20 +1,22 @@
 """Which sequences compute in the next step, and which give their memory back when it runs short.
 
-A request is waiting (for its prompt, or for an observation, to be prefilled), running (one token a step) or idle
-(finished, its blocks kept for :meth:`Scheduler.resume`). Requests are served in the order in which they came. Nothing
-is ever lost: a request whose blocks are taken keeps its tokens, and they are computed again when it is next admitted.
+A request is waiting (for its prompt, or for an observation, to be prefilled), running (in a prefill, then a token a
+step) or idle (finished, its blocks kept for :meth:`Scheduler.resume`). Requests are served in the order in which they
+came, none is overtaken, and a long prompt is prefilled in chunks while the others decode. Nothing is ever lost: a
+request whose blocks are taken keeps its tokens, and they are computed again, or brought back, when it is next admitted.
 """
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cache import BlockTables, Copies
+from .cache import BlockTables, Copies, Saved, add_names
 
 
 @dataclass(eq=False)
@@ -25,6 +27,7 @@ class Prompt:
     length: int
     pending: int = 0  # requests that have not started yet
     row: int = -1
+    first: "Request | None" = None  # computes it for all
     hidden: Tensor | None = None  # [H] at its last token, from which the first token of each request is drawn
 
 
@@ -34,10 +37,17 @@ class Request:
 
     number: int
     token_ids: list[int]
-    prompt: Prompt | None = None  # until the first admission
+    prompt: Prompt | None = None  # until it has been computed
     state: Literal["waiting", "running", "idle"] = "waiting"
     row: int = -1  # in the block tables; -1: nothing stored
+    stored: int = 0  # tokens of the row that have been computed; the others are reserved
+    prefilling: bool = False  # running, and not yet at the end of its tokens
+    drawn: int = 0  # running: tokens that the device draws and the host has not read
+    stops: int = 0  # how often it ceased to run: tokens drawn before are not its own any more
     computed: int = 0  # tokens that were stored at some time, so that computing them again is counted
+    names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
+    named: int = 0  # blocks of its row that bear their names
+    saved: tuple[Saved, int] | None = None  # blocks in the host's memory, and how many tokens they hold
 
     def __lt__(self, other: "Request") -> bool:
         return self.number < other.number
@@ -46,13 +56,21 @@ class Request:
 R = TypeVar("R", bound=Request)
 
 
-class Admission(NamedTuple, Generic[R]):
-    """A request that starts to run: tokens from ``cached`` on are to be computed."""
+class Chunk(NamedTuple, Generic[R]):
+    """Tokens ``start`` to ``stop`` of a request, to be computed; none where its prompt is stored as a whole."""
 
     request: R
-    cached: int
-    recomputed: int  # of the tokens to compute, those that had been stored before
-    prompt: Prompt | None  # to be filled by the first of a group, or read by the others (then nothing is computed)
+    start: int
+    stop: int
+    prompt: Prompt | None  # that the request ends here: to be filled by the first of a group, and read by the others
+
+
+class Step(NamedTuple, Generic[R]):
+    """The prefill of one step, and what must be brought into the cache before it."""
+
+    chunks: list[Chunk[R]]
+    copies: Copies
+    restores: list[tuple[NDArray[np.int32], Saved]]
 
 
 class Scheduler(Generic[R]):
@@ -61,36 +79,40 @@ class Scheduler(Generic[R]):
     Args:
         tables: the pool.
         concurrency: most requests that run together; 0 for as many as memory holds.
-        prefill_tokens: tokens to prefill in one step; one request is admitted even if it has more.
+        prefill_tokens: tokens to prefill in one step.
+        save: copies blocks into the host's memory where a request that gives way is to keep them; None: they are
+            computed again.
     """
 
-    def __init__(self, tables: BlockTables, *, concurrency: int, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        tables: BlockTables,
+        *,
+        concurrency: int,
+        prefill_tokens: int,
+        save: Callable[[NDArray[np.int32]], Saved] | None = None,
+    ) -> None:
         self.tables = tables
         self.concurrency = concurrency
         self.prefill_tokens = prefill_tokens
         self.running: list[R] = []
         self.preemptions = 0
         self.evictions = 0
+        self.found_tokens = 0  # stored already when a request was admitted
+        self.recomputed_tokens = 0
+        self._save = save
         self._waiting: list[R] = []  # a heap by number
         self._idle: dict[int, R] = {}  # by number, the one that finished first comes first
         self._prompts: dict[bytes, Prompt] = {}
-        self._rows: NDArray[np.int64] | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether some request waits or runs."""
         return bool(self._waiting or self.running)
 
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """The rows of the running requests, in their order."""
-        if self._rows is None:
-            self._rows = np.array([request.row for request in self.running], np.int64)
-        return self._rows
-
     def submit(self, request: R) -> None:
         """Queues a new request; its prompt is shared with the requests that wait with the same one."""
-        name = np.asarray(request.token_ids, np.int32).tobytes()
+        name = array("i", request.token_ids).tobytes()
         prompt = self._prompts.setdefault(name, Prompt(name, len(request.token_ids)))
         prompt.pending += 1
         request.prompt = prompt
@@ -120,81 +142,91 @@ class Scheduler(Generic[R]):
             self._waiting.remove(request)
             heapq.heapify(self._waiting)
         self._started(request)
-        self._forget(request)
+        self._close(request)
 
-    def admit(self) -> tuple[list[Admission[R]], Copies]:
-        """Starts the requests that fit: into ``concurrency``, the token budget, and the free blocks.
+    def schedule(self) -> Step[R]:
+        """The prefill of the next step: requests under way go on, then waiting ones start that fit.
 
-        Returns:
-            The admissions, their rows reserved for all their tokens, and the copies to make before computing.
+        They fit into ``concurrency``, into the free blocks with all their tokens, and begin while ``prefill_tokens``
+        are left. All its blocks are a request's from its start, so a prefill that began can end.
         """
-        admissions: list[Admission[R]] = []
-        copies: Copies = []
+        step: Step[R] = Step([], [], [])
         budget = self.prefill_tokens
-        while self._waiting and (not self.concurrency or len(self.running) < self.concurrency):
+        for request in self.running:
+            if request.prefilling and budget:
+                budget -= self._add_chunk(step, request, budget)
+        while budget and self._waiting and (not self.concurrency or len(self.running) < self.concurrency):
             request = self._waiting[0]
-            if not self._fits(request):
-                break
-            cached = self._cached(request)
-            tokens = len(request.token_ids) - cached
-            if admissions and tokens > budget:
-                break
-            budget -= tokens
+            if (request.prompt is not None and request.prompt.first is not None) or not self._fits(request):
+                break  # another one is computing its prompt; or memory is short
             heapq.heappop(self._waiting)
-            prompt = self._open(request)
-            if tokens:
-                copies += self.tables.reserve(request.row, tokens)
-            if prompt is not None and prompt.row < 0 and prompt.pending:
-                prompt.row = self.tables.fork(request.row, prompt.length)
-            request.state = "running"
-            recomputed = max(0, request.computed - cached)
+            self._open(request, step)
+            request.state, request.prefilling = "running", True
             self.running.append(request)
-            self._rows = None
-            admissions.append(Admission(request, cached, recomputed, prompt))
-        return admissions, copies
+            budget -= self._add_chunk(step, request, budget)
+        return step
 
-    def make_room(self) -> Copies:
-        """Reserves one more token for every running request, taking blocks from others if it must.
+    def make_room(self, requests: Sequence[R]) -> tuple[list[R], Copies]:
+        """Reserves one more token for each of some running requests, taking blocks from others if it must.
 
         Taken in this order: shared prompts, idle requests, waiting ones, and the running request that came last.
 
         Returns:
-            The copies to make before computing.
+            Those of the requests that still run, and the copies to make before computing.
         """
-        while self.tables.needed_for_next(self.rows) > self.tables.free_blocks:
+        kept = list(requests)
+        while self.tables.needed_for_next(rows := rows_of(kept)) > self.tables.free_blocks:
             if not self._evict():
-                self._preempt(max(self.running))
-                self.preemptions += 1
-        return self.tables.reserve_next(self.rows)
+                victim = max(self.running)
+                self._preempt(victim)
+                kept = [request for request in kept if request is not victim]
+        copies = self.tables.reserve_next(rows)
+        for request in kept:
+            request.stored += 1
+        return kept, copies
+
+    def name(self, request: R) -> None:
+        """Names the full blocks of a running request, what they hold being known to be good."""
+        full = min(request.stored, len(request.token_ids)) // self.tables.block_size
+        if full > request.named:
+            add_names(request.names, request.token_ids, self.tables.block_size)
+            self.tables.name(request.row, request.named, request.names[request.named : full])
+            request.named = full
 
     def flush(self) -> None:
         """Voids everything stored. Running requests wait again; all tokens will be computed anew."""
-        for request in list(self.running):
-            self._preempt(request)
+        running = self.running
+        self._leave(running)
+        for request in running:
+            self._wait(request)
         for other in (*self._waiting, *self._idle.values()):
-            other.row = -1
+            self._close(other)
+            other.saved = None
         for prompt in self._prompts.values():
-            prompt.row = -1
+            self._close_prompt(prompt)
         self.tables.flush()
 
-    def _shared(self, request: R) -> Prompt | None:
-        """The stored prompt that a request without a row can be forked from."""
-        prompt = request.prompt
-        return prompt if prompt is not None and prompt.row >= 0 else None
+    def _add_chunk(self, step: Step[R], request: R, budget: int) -> int:
+        """Appends the next tokens of a prefill, at most ``budget``; returns how many."""
+        start, length = request.stored, len(request.token_ids)
+        request.stored = stop = min(length, start + budget)
+        self.recomputed_tokens += max(0, min(stop, request.computed) - start)
+        prompt = None
+        if stop == length:
+            request.prefilling = False
+            prompt = request.prompt
+            if prompt is not None and prompt.row < 0 and prompt.pending > 1:
+                prompt.row = self.tables.fork(request.row, length)
+            self._started(request)
+        elif request.prompt is not None:
+            request.prompt.first = request
+        step.chunks.append(Chunk(request, start, stop, prompt))
+        return stop - start
 
-    def _cached(self, request: R) -> int:
-        if request.row >= 0:
-            return int(self.tables.lengths[request.row])
-        prompt = self._shared(request)
-        return prompt.length if prompt else 0
-
-    def _needed(self, request: R) -> int:
-        """Blocks for all tokens of a waiting request and the one that it will draw."""
-        tables, total = self.tables, len(request.token_ids) + 1
-        cached = self._cached(request)
-        if request.row >= 0:
-            return tables.needed(request.row, total - cached)
-        return tables.blocks_of(total) - cached // tables.block_size
+    def _names(self, request: R) -> list[bytes]:
+        """Names of the blocks that a request may find: at least its last token is always computed."""
+        add_names(request.names, request.token_ids, self.tables.block_size)
+        return request.names[: (len(request.token_ids) - 1) // self.tables.block_size]
 
     def _fits(self, request: R) -> bool:
         if self.running:
@@ -205,20 +237,47 @@ class Scheduler(Generic[R]):
                 raise RuntimeError(f"request {request.number} does not fit into an empty KV cache")
         return True
 
-    def _open(self, request: R) -> Prompt | None:
-        """Gives a request its row, forked from its prompt where that is stored; returns the prompt to fill or read."""
+    def _needed(self, request: R) -> int:
+        """Free blocks for all tokens of a waiting request and the one that it will draw."""
+        tables, total = self.tables, len(request.token_ids) + 1
+        if request.row >= 0:
+            return tables.needed(request.row, total - int(tables.lengths[request.row]))
+        if request.saved is not None:
+            return tables.blocks_of(total)
         prompt = request.prompt
-        if request.row < 0:
-            stored = self._shared(request)
-            request.row = self.tables.fork(stored.row, stored.length) if stored else self.tables.open()
-        self._started(request)
-        return prompt
+        if prompt is not None and prompt.row >= 0:
+            return tables.blocks_of(total) - prompt.length // tables.block_size
+        count, idle = tables.stored(self._names(request))
+        return tables.blocks_of(total) - count + idle
+
+    def _open(self, request: R, step: Step[R]) -> None:
+        """Gives a request a row with room for all its tokens, and what is stored of them."""
+        tables, length = self.tables, len(request.token_ids)
+        prompt, restore = request.prompt, None
+        if request.row >= 0:
+            pass
+        elif request.saved is not None:
+            request.row = tables.open()
+            restore, request.stored = request.saved
+            request.saved = None
+        elif prompt is not None and prompt.row >= 0:
+            request.row, request.stored = tables.fork(prompt.row, length), length
+            self.found_tokens += length
+        else:
+            request.row = tables.adopt(self._names(request))
+            request.stored = int(tables.lengths[request.row])
+            self.found_tokens += request.stored
+        step.copies.extend(tables.reserve(request.row, length - int(tables.lengths[request.row])))
+        if restore is not None:
+            step.restores.append((tables.tables[request.row, : restore[0].shape[1]].copy(), restore))
 
     def _started(self, request: R) -> None:
         """A request needs its prompt no longer; the last one to say so frees it."""
         prompt, request.prompt = request.prompt, None
         if prompt is not None:
             prompt.pending -= 1
+            if prompt.first is request:
+                prompt.first = None
             if not prompt.pending:
                 self._close_prompt(prompt)
                 del self._prompts[prompt.token_ids]
@@ -226,35 +285,59 @@ class Scheduler(Generic[R]):
     def _leave(self, requests: Sequence[R]) -> None:
         gone = {request.number for request in requests}
         self.running = [request for request in self.running if request.number not in gone]
-        self._rows = None
+        for request in requests:
+            request.drawn = 0
+            request.stops += 1
+            # A last token that was computed already is computed again: what follows it is drawn from its state.
+            request.stored = min(request.stored, len(request.token_ids) - 1)
 
     def _preempt(self, request: R) -> None:
         self._leave([request])
-        self._forget(request)
-        request.state = "waiting"
+        self._give_way(request)
+        self._wait(request)
+        self.preemptions += 1
+
+    def _wait(self, request: R) -> None:
+        request.state, request.prefilling = "waiting", False
+        if request.prompt is not None and request.prompt.first is request:
+            request.prompt.first = None
         heapq.heappush(self._waiting, request)
+
+    def _holders(self, keep: R | None = None) -> list[R | Prompt]:
+        """Who holds blocks and does not run, in the order in which they give way."""
+        requests = [*self._idle.values(), *sorted(self._waiting, reverse=True)]
+        prompts = [prompt for prompt in self._prompts.values() if prompt.row >= 0]
+        return [*prompts, *(request for request in requests if request.row >= 0 and request is not keep)]
 
     def _evict(self, keep: R | None = None) -> bool:
         """Takes the blocks of one holder that does not run; False when there is none."""
-        for prompt in self._prompts.values():
-            if prompt.row >= 0:
-                self._close_prompt(prompt)
-                return True
-        waiting = sorted(self._waiting, reverse=True)
-        for request in (*self._idle.values(), *waiting):
-            if request.row >= 0 and request is not keep:
-                self._forget(request)
-                self.evictions += 1
-                return True
-        return False
+        holder = next(iter(self._holders(keep)), None)
+        if isinstance(holder, Prompt):
+            self._close_prompt(holder)
+        elif holder is not None:
+            self._give_way(holder)
+            self.evictions += 1
+        return holder is not None
 
-    def _forget(self, request: R) -> None:
+    def _give_way(self, request: R) -> None:
+        """Takes a request's blocks; where it is to keep them, they are saved first."""
+        if self._save is not None and request.row >= 0 and request.stored:
+            blocks = self.tables.tables[request.row, : self.tables.blocks_of(request.stored)]
+            request.saved = self._save(blocks.copy()), request.stored
+        self._close(request)
+
+    def _close(self, request: R) -> None:
         if request.row >= 0:
-            request.computed = max(request.computed, int(self.tables.lengths[request.row]))
+            request.computed = max(request.computed, request.stored)
             self.tables.close(request.row)
-            request.row = -1
+            request.row, request.stored, request.named = -1, 0, 0
 
     def _close_prompt(self, prompt: Prompt) -> None:
         if prompt.row >= 0:
             self.tables.close(prompt.row)
             prompt.row = -1
+
+
+def rows_of(requests: Sequence[Request]) -> NDArray[np.int64]:
+    """The rows of requests, in their order."""
+    return np.array([request.row for request in requests], np.int64)

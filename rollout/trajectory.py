@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from .sandbox.client import Execution
 
 Writer = Literal["prompt", "model", "environment", "forced"]
-Status = Literal["answered", "void", "turn_limit", "token_limit", "error_limit"]
+Status = Literal["answered", "void", "turn_limit", "token_limit", "error_limit", "failed"]
 
 # Trajectories that end so carry no policy-gradient loss under `mask_void` (DataMind, arXiv 2509.25084); an
-# error_limit is the policy's own doing in well-formed turns, so it keeps its loss.
-VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit"})
+# error_limit is the policy's own doing in well-formed turns, so it keeps its loss. A failed one, for which the model
+# gave no finite number, carries none in any case.
+VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit", "failed"})
 
 
 @dataclass(slots=True)
@@ -114,7 +115,8 @@ class Trajectory:
             mask_void: True gives weight 0 everywhere when the trajectory is void.
             group: number of its group, carried along.
         """
-        return spans_to_example(self.spans, advantage=self.advantage, masked=mask_void and self.is_void, group=group)
+        masked = self.status == "failed" or (mask_void and self.is_void)
+        return spans_to_example(self.spans, advantage=self.advantage, masked=masked, group=group)
 
 
 @dataclass(slots=True)

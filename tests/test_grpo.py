@@ -36,7 +36,7 @@ def learn(steps: int, group_size: int, loss_type: str) -> list[tuple[float, dict
     model.init_weights(3)
     policy = ShardedModel(model, mesh)
     optimizer = AdamW(policy.shards, lr=0.01)
-    sampler = Sampler(model, Letters(), kv_memory_gib=0.001, block_size=4)
+    sampler = Sampler(model, Letters(), kv_memory=0.001, block_size=4)
     history = []
     for step in range(steps):
         with policy.gathered():

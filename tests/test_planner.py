@@ -144,7 +144,7 @@ def measure(mesh, config):
         most, snapshot, _ = peak_bytes(checkpoint)
     found["checkpoint"], base = base + most, base + snapshot
     sampler = Sampler(
-        policy.module, Words(config.model.vocab_size), kv_memory_gib=cache.kv_memory_gib, concurrency=cache.concurrency
+        policy.module, Words(config.model.vocab_size), kv_memory=cache.kv_memory, concurrency=cache.concurrency
     )
     batches = batches_of(config, mesh.rank)
     found["rollout"] = base + peak_bytes(rollout)[0]
@@ -189,7 +189,7 @@ def case(vocabulary, hidden, intermediate, layers, tokens, *overrides):
     }
     common = [
         "model.max_position_embeddings=4096",
-        "rollout.kv_memory_gib=0.01",
+        "rollout.kv_memory=0.01",
         "rollout.max_trajectory_tokens=64",
         "rollout.concurrency=8",
         "evaluate.top_p=1",
@@ -338,7 +338,7 @@ def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2():
     assert fits.returncode == 0, fits.stderr
     assert "KV blocks" in fits.stdout
     assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 99.6 GB")
-    refused = run_plan("datarus_14b", "rollout.kv_memory_gib=20", "--gpus=2x80GB")
+    refused = run_plan("datarus_14b", "rollout.kv_memory=20", "--gpus=2x80GB")
     assert refused.returncode == 2
     assert "log-probabilities" in refused.stdout
     assert re.fullmatch(r"error: phase \w+ needs .* it fits with .*\n", refused.stderr)

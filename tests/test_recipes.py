@@ -22,7 +22,8 @@ from groupwise.engine.objective import policy_loss
 from groupwise.engine.schedule import Schedule
 from groupwise.recipes.evaluate import Outcome, summarise
 from groupwise.recipes.experts import Experts
-from groupwise.recipes.grpo import my_places, to_batches
+from groupwise.recipes.grpo import drawn, to_batches
+from groupwise.recipes.rollouts import my_share
 from groupwise.recipes.policy import load_policy
 from groupwise.recipes.rollouts import open_sandbox
 from groupwise.recipes.run import Run
@@ -292,16 +293,20 @@ def test_every_epoch_has_every_item_once() -> None:
     assert drawn[:20] != drawn[20:40]
 
 
-def test_ranks_share_what_a_step_draws_and_streams_differ() -> None:
+def test_what_a_step_draws_is_spread_over_the_ranks_and_streams_differ() -> None:
     def run(rank: int, ranks: int) -> SimpleNamespace:
         mesh = SimpleNamespace(rank=rank, world_size=ranks)
         return SimpleNamespace(mesh=mesh, config=SimpleNamespace(run=SimpleNamespace(seed=3)))
 
-    whole = my_places(run(0, 1), 5, 100, 7)
-    assert sorted(my_places(run(0, 2), 5, 100, 7) + my_places(run(1, 2), 5, 100, 7)) == sorted(whole)
+    pool = list(range(100))
+    whole = drawn(run(0, 1), pool, 7, 5)
     assert len(set(whole)) == 7
-    assert my_places(run(0, 1), 5, 100, 7, stream=1) != whole
-    assert my_places(run(0, 1), 5, 100, 0) == []
+    assert drawn(run(0, 1), pool, 7, 5, stream=1) != whole
+    assert drawn(run(0, 1), pool, 0, 5) == []
+    shares = [my_share(run(rank, 2), whole, float) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(whole)
+    assert abs(len(shares[0]) - len(shares[1])) == 1
+
 
 
 def test_scores_are_means_over_runs_and_unions_over_tasks() -> None:

@@ -1,0 +1,186 @@
+"""The model's passes over the paged cache: the tokens of prefills, and one token of each sequence that decodes.
+
+Legend: N sequences, T tokens, H hidden, V vocabulary, Hq query heads, Hkv key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..engine.model import Attention, Model
+from ..kernels.attention import packed_attention, paged_attention
+from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
+from ..kernels.logprob import grouped_logprob
+from ..kernels.rotary import apply_rotary, write_rotated
+from ..kernels.sampling import Drawn, sample_tokens
+from .cache import BlockTables, KVCache
+from .scheduler import Chunk
+
+EXACT_ROWS = 64
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [T,Hq,D] and a layer's caches -> [T,Hq,D]."""
+
+
+class Draws(NamedTuple):
+    """How the next token of each of N sequences is drawn, in the order of ``kernels.sample_tokens``."""
+
+    keys: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+
+
+class _FreshAttention:
+    """Whole beginnings of sequences, which see nothing but themselves: keys and values are stored for later."""
+
+    def __init__(self, cache: KVCache, slots: Tensor, cu_seqlens: Tensor, longest: int) -> None:
+        self._cache, self._slots, self._cu_seqlens, self._longest = cache, slots, cu_seqlens, longest
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary(q, k, cos, sin)
+        self._cache.write(layer, self._slots, k, v)
+        return packed_attention(q, k, v, self._cu_seqlens, self._longest)
+
+
+class _CachedAttention:
+    """Stores the new keys and values, then attends to what is stored."""
+
+    def __init__(self, cache: KVCache, slots: Tensor, attend: Attend) -> None:
+        self._cache, self._slots, self._attend = cache, slots, attend
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        q = write_rotated(q, k, v, cos, sin, keys, values, self._slots)
+        return self._attend(q, keys, values)
+
+
+class _ExactAttention(_CachedAttention):
+    """The same behind rows of padding, which are turned like the others and stored nowhere."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k = apply_rotary(q, k, cos, sin)
+        self._cache.write(layer, self._slots, k[: len(self._slots)], v[: len(self._slots)])
+        return self._attend(q, self._cache.keys[layer], self._cache.values[layer])
+
+
+class Forward:
+    """The passes of one model over one cache.
+
+    Args:
+        model: a whole ``engine.Model``.
+        cache: where keys and values are kept.
+        tables: which blocks of it belong to which row.
+        exact: log-probabilities are to be the trainer's to the last bit: rows are padded to multiples of 64, attention
+            takes the form in which a row does not depend on what is beside it, and the trainer's kernel scores tokens.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, tables: BlockTables, *, exact: bool) -> None:
+        self._model, self._cache, self._tables, self._exact = model, cache, tables, exact
+        self._device = model.output_weight.device
+
+    def prefill(self, chunks: Sequence[Chunk[Any]]) -> Tensor:
+        """Computes the tokens of the chunks, at least one each, and stores their keys and values.
+
+        Returns:
+            [N,H], the hidden state at the last token of each.
+        """
+        fresh = [chunk.start == 0 and not self._exact for chunk in chunks]
+        hidden: list[Tensor] = [torch.empty(0)] * len(chunks)
+        for kind in set(fresh):
+            members = [number for number, is_fresh in enumerate(fresh) if is_fresh == kind]
+            last = self._prefill([chunks[number] for number in members], kind)
+            for number, row in zip(members, last, strict=True):
+                hidden[number] = row
+        return torch.stack(hidden)
+
+    def decode(self, ids: Tensor, rows: NDArray[np.int64], draws: Draws) -> Drawn:
+        """Computes one token of each row, stores its keys and values, and draws the next.
+
+        Args:
+            ids: [N] int64, on the model's device; the rows have room for them already.
+            rows: [N]; those that share a prompt should be neighbours.
+            draws: of the same rows.
+        """
+        lengths = self._tables.lengths[rows]
+        attend = self._decode_attend(self._tables.view(rows), lengths)
+        attention = self._cached(self._tables.last_slots(rows), attend)
+        hidden = self._hidden(ids, self._tensor(lengths - 1), attention)
+        return self.draw(hidden[: len(rows)], draws)
+
+    def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
+        """Draws the token that follows each hidden state [N,H]."""
+        logits = linear(self._padded(hidden), self._model.output_weight, None)[: len(hidden)]
+        drawn = sample_tokens(logits, *(self._tensor(array) for array in draws))
+        return self._scored(hidden, drawn, draws.temperature) if self._exact else drawn
+
+    def _scored(self, hidden: Tensor, drawn: Drawn, temperatures: NDArray[np.float32]) -> Drawn:
+        """The tokens with the log-probabilities of the trainer's kernel."""
+        logprobs = drawn.logprobs.clone()
+        for temperature in np.unique(temperatures).tolist():
+            members = self._tensor(np.flatnonzero(temperatures == temperature))
+            scores, _ = grouped_logprob(
+                self._padded(hidden[members]),
+                self._model.output_weight,
+                self._padded(drawn.tokens[members]),
+                temperature=temperature or 1.0,
+            )
+            logprobs[members] = scores[: len(members)]
+        return drawn._replace(logprobs=logprobs)
+
+    def _prefill(self, chunks: Sequence[Chunk[Any]], fresh: bool) -> Tensor:
+        """Of chunks that all are the beginnings of their sequences, or all go on behind what is stored."""
+        spans = [(chunk.request.row, chunk.start, chunk.stop) for chunk in chunks]
+        lengths = [stop - start for _, start, stop in spans]
+        bounds = self._tensor(np.cumsum([0, *lengths], dtype=np.int32))
+        slots = np.concatenate([self._tables.slots(*span) for span in spans])
+        if fresh:
+            attention: Attention = _FreshAttention(self._cache, self._tensor(slots), bounds, max(lengths))
+        else:
+            tables = self._tables.view(np.array([row for row, _, _ in spans]))
+            attend = self._paged_attend(tables, np.array([stop for *_, stop in spans]), bounds, max(lengths))
+            attention = self._cached(slots, attend)
+        ids = [token for chunk in chunks for token in chunk.request.token_ids[chunk.start : chunk.stop]]
+        positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
+        hidden = self._hidden(torch.tensor(ids, device=self._device), self._tensor(positions), attention)
+        return hidden[bounds[1:].long() - 1]
+
+    def _cached(self, slots: NDArray[np.int64], attend: Attend) -> Attention:
+        return (_ExactAttention if self._exact else _CachedAttention)(self._cache, self._tensor(slots), attend)
+
+    def _decode_attend(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> Attend:
+        config = self._model.config
+        if self._device.type == "cpu" and not self._exact and config.num_key_value_heads <= MAX_KV_HEADS:
+            channels = config.num_key_value_heads * config.head_size
+            return CascadeDecode(tables, lengths, self._tables.block_size, channels)
+        bounds = torch.arange(len(tables) + 1, dtype=torch.int32, device=self._device)
+        return self._paged_attend(tables, lengths, bounds, 1)
+
+    def _paged_attend(
+        self, tables: NDArray[np.int32], lengths: NDArray[np.int64], bounds: Tensor, longest: int
+    ) -> Attend:
+        form = paged_attention
+        block_tables, context_lens = self._tensor(tables), self._tensor(lengths.astype(np.int32))
+        return lambda q, keys, values: form(q, keys, values, block_tables, context_lens, bounds, longest)
+
+    def _hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        hidden = self._model(self._padded(ids), self._padded(positions), attention)
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """In the exact mode: rows of zeros behind x, up to a multiple of 64."""
+        missing = -len(x) % EXACT_ROWS if self._exact else 0
+        return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
