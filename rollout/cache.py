@@ -354,6 +354,6 @@ class KVCache:
 
     def load(self, blocks: NDArray[np.int32], saved: Saved) -> None:
         """Brings saved blocks back, into these."""
-        index = torch.from_numpy(blocks).to(self._device)
+        index = torch.from_numpy(blocks).long().to(self._device)
         for pool, part in zip((self.keys, self.values), saved, strict=True):
             pool.index_copy_(1, index, part.to(self._device))

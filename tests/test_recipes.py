@@ -308,7 +308,6 @@ def test_what_a_step_draws_is_spread_over_the_ranks_and_streams_differ() -> None
     assert abs(len(shares[0]) - len(shares[1])) == 1
 
 
-
 def test_scores_are_means_over_runs_and_unions_over_tasks() -> None:
     rights = {"a": [1, 0, 0], "b": [0, 0, 0], "c": [1, 1, 1], "d": [0, 1, 1]}
     outcomes = [

@@ -1,84 +1,23 @@
-"""The sampler against transformers, against a full forward pass, and against itself under other loads."""
+"""The sampler against transformers, against a full forward pass, and in what it promises of memory and errors."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
+from sampled import CONFIG, Letters, drain, full_logprobs, prompts, random_model, sampler, tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
-from groupwise.engine.model import Model, PackedAttention
+from groupwise.engine.model import Model
 from groupwise.kernels.cascade import CascadeDecode
 from groupwise.kernels.eager import paged_attention
-from groupwise.rollout.cache import KVCache
-from groupwise.rollout.sampler import Completion, Sampler, SamplingParams
-
-CONFIG = ModelConfig(
-    vocab_size=89,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-)
-BLOCK = 4
-
-
-class Letters:
-    """A vocabulary in which one text has many spellings, and id 7 is the end."""
-
-    vocab_size = 89
-    eos_id = 7
-    pieces = tuple(map(str.encode, ("a", "b", "</", "cod", "code", "e>", ">", "<end>", "</code>", "xe>y", "", "é")))
-    pieces += (b"\xc3", b"\xa9")
-
-    def decode(self, ids):
-        parts = (self.pieces[i] if i < len(self.pieces) else f"[{i}]".encode() for i in ids)
-        return b"".join(parts).decode("utf-8", "replace")
+from groupwise.rollout.sampler import Sampler, SamplingParams
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    model = Model(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.5 if parameter.ndim == 1 else 1.2 * parameter.shape[-1] ** -0.5
-            parameter.normal_(1.0 if "norm" in name else 0.0, scale, generator=generator)
-    return model
-
-
-def sampler(model: Model, blocks: int = 4000, **settings: int) -> Sampler:
-    gib = (blocks + 0.5) * KVCache.block_bytes(CONFIG, BLOCK, torch.float32) / 2**30
-    return Sampler(model, Letters(), kv_memory=gib, block_size=BLOCK, **settings)
-
-
-def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(14, 89) for _ in range(length)] for length in lengths]
-
-
-def full_logprobs(model: Model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
-    ids = torch.tensor(prompt + completion)
-    bounds = torch.tensor([0, len(ids) - 1], dtype=torch.int32)
-    attention = PackedAttention(bounds, len(ids) - 1)
-    with torch.no_grad():
-        logprob, _ = model(ids[:-1], torch.arange(len(ids) - 1), attention, targets=ids[1:], temperature=temperature)
-    return logprob[len(prompt) - 1 :]
-
-
-def drain(engine: Sampler) -> dict[int, Completion]:
-    done = {}
-    while engine.has_work:
-        done.update((each.request_id, each) for each in engine.poll())
-    return done
-
-
-def tokens(completions: list[Completion]) -> list[list[int]]:
-    return [each.token_ids for each in completions]
+    return random_model()
 
 
 def test_greedy_equals_transformers(model, tmp_path):
@@ -106,46 +45,6 @@ def test_logprobs_are_the_trainers(model, temperature):
     for prompt, completion in zip(many, sampler(model).generate(many, params), strict=True):
         expected = full_logprobs(model, prompt, completion.token_ids, temperature or 1.0)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
-
-
-def test_tokens_do_not_depend_on_the_load(model):
-    many = [prompt for prompt in prompts(5, 9, 30, 12) for _ in range(3)]
-    params = SamplingParams(max_tokens=25, seed=3)
-    engine = sampler(model)
-    expected = tokens(engine.generate(many, params))
-    assert len({tuple(ids) for ids in expected}) > len(many) // 2
-    for settings in ({"concurrency": 1}, {"concurrency": 3}, {"prefill_tokens": 8}):
-        assert tokens(sampler(model, **settings).generate(many, params)) == expected, settings
-    assert engine.stats["preemptions"] == 0
-    short = sampler(model, blocks=20)
-    assert tokens(short.generate(many, params)) == expected
-    assert short.stats["preemptions"] > 3
-    assert short.stats["recomputed_tokens"] > 0
-    assert short.stats["peak_blocks"] <= 20
-    assert short.stats["used_blocks"] == engine.stats["used_blocks"] == 0
-    other = tokens(engine.generate(many, SamplingParams(max_tokens=25, seed=4)))
-    assert all(a != b for a, b in zip(expected, other, strict=True))
-
-
-def test_cancelling_others_changes_nothing(model):
-    many = [prompt for prompt in prompts(6, 15) for _ in range(5)]
-    params = SamplingParams(max_tokens=30)
-    expected = tokens(sampler(model).generate(many, params))
-    engine = sampler(model, blocks=40, concurrency=6)
-    ids = [engine.submit(prompt, params, stream=(i, 0, 0)) for i, prompt in enumerate(many)]
-    done = {}
-    rng = random.Random(0)
-    cancelled = rng.sample(ids, 5)
-    for request_id in cancelled:  # some run, some wait, some have finished
-        for _ in range(7):
-            done.update((each.request_id, each) for each in engine.poll())
-        engine.cancel(request_id)
-    done.update(drain(engine))
-    for request_id, ids_expected in zip(ids, expected, strict=True):
-        if request_id not in cancelled:
-            assert done[request_id].token_ids == ids_expected
-            engine.cancel(request_id)
-    assert engine.stats["used_blocks"] == 0
 
 
 def test_a_group_prompt_is_prefilled_once(model):
@@ -186,21 +85,6 @@ def test_extend_prefills_only_what_is_new(model):
     fresh = sampler(model)
     again = fresh.submit(whole, params, stream=(4, 2, 1))
     assert drain(fresh)[again].token_ids == second.token_ids
-
-
-def test_idle_requests_give_way_and_come_back(model):
-    def two_turns(engine: Sampler) -> list[list[int]]:
-        params = SamplingParams(max_tokens=10)
-        ids = [engine.submit(prompt, params, stream=(i, 0, 0)) for i, prompt in enumerate(prompts(20, 25, 30, 20))]
-        turns = drain(engine)
-        for request_id in ids:
-            engine.extend(request_id, [20, 21, 22], params)
-        turns = [*turns.values(), *drain(engine).values()]
-        return [each.token_ids for each in sorted(turns, key=lambda each: each.request_id)]
-
-    short = sampler(model, blocks=17)
-    assert two_turns(short) == two_turns(sampler(model))
-    assert short.stats["evictions"] > 0
 
 
 def test_after_a_flush_nothing_old_is_read(model):
