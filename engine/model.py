@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import packed_attention
+from ..kernels.linear import linear
 from ..kernels.logprob import grouped_logprob
 from ..kernels.norm import add_rms_norm, rms_norm
 from ..kernels.rotary import apply_rotary
@@ -57,6 +58,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:  # [T,K] -> [T,N]
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -310,7 +310,8 @@ class _Rank:
         if self.cuda:  # input rows chosen, and their gradient in float32
             chunk = c * T * min(logprob.CHUNK_COLUMNS, model.vocab_size)
             return head + T * model.hidden_size * (c + 4) + chunk
-        sums = 0 if self.lends else self.slice_up  # of a slice of the head, cast at the end
+        width = min(model.vocab_size, eager_logprob.SLICE_COLUMNS)
+        sums = 2 * 4 * model.hidden_size * width  # of a slice of the head, and a part to add or a copy
         kept = T * eager_logprob.kept_columns(T, model.vocab_size)
         forward = 4 * kept + self.slice_up + self.tile * (1 if self.is_whole and kept else 2)  # with the entropy
         tiles = self.tile

@@ -4,6 +4,7 @@ from . import eager
 from .attention import packed_attention, paged_attention
 from .clamped_delta import clamped_delta_loss
 from .dispatch import describe, implementation
+from .linear import linear
 from .logprob import grouped_logprob
 from .norm import add_rms_norm, rms_norm
 from .rotary import apply_rotary, write_rotated
@@ -19,6 +20,7 @@ __all__ = [
     "eager",
     "grouped_logprob",
     "implementation",
+    "linear",
     "packed_attention",
     "paged_attention",
     "rms_norm",

@@ -24,6 +24,7 @@ except ImportError:
 # What can serve each operation, the best first; the last serves every device.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
+    "linear": ("onednn", "torch"),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
     "paged_attention": ("eager",),
     "sample_tokens": ("triton", "eager"),
@@ -101,6 +102,11 @@ def triton_serves(op: str, tensor: torch.Tensor) -> bool:
     return _triton_takes(device_type, tensor.dtype) and implementation(device_type, op) == "triton"
 
 
+def onednn_serves(tensor: torch.Tensor) -> bool:
+    """Whether oneDNN computes the products of such a tensor: float32 on a CPU."""
+    return tensor.dtype == torch.float32 and implementation(tensor.device.type, "linear") == "onednn"
+
+
 def describe(device_type: str | None = None) -> str:
     """One line for the start of a run: what serves each operation on ``device_type`` (default: what is available)."""
     device_type = device_type or _default_device()
@@ -132,6 +138,8 @@ def _default_device() -> str:
 def _runs_on(device_type: str, name: str) -> bool:
     if name == "triton":
         return device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if name == "onednn":
+        return device_type == "cpu"
     if name == "varlen":
         return device_type == "cuda" and torch.version.hip is None
     return device_type == "cuda" or name not in LIBRARIES
@@ -139,6 +147,8 @@ def _runs_on(device_type: str, name: str) -> bool:
 
 @cache
 def _installed(name: str) -> bool:
+    if name == "onednn":
+        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if name not in LIBRARIES:
         return name != "triton" or triton is not None
     # Imported, not only looked for: a build for another PyTorch is there but does not load.

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import product, transposed_product
+
 IGNORE = -100
 
 # So many log-probabilities are kept for the backward pass, 32 MiB in float32; the others are computed again.
@@ -111,7 +113,7 @@ class _GroupedLogprob(torch.autograd.Function):
         gain = rows.new_zeros(len(rows), dtype=dtype) if d_logprob is None else d_logprob[rows].to(dtype)
         tilt = None if d_entropy is None else d_entropy[rows].to(dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_rows = hidden.new_empty(len(rows), hidden.shape[1], dtype=dtype) if need_hidden else None
+        d_rows = hidden.new_zeros(len(rows), hidden.shape[1], dtype=dtype) if need_hidden else None
         main_grad = ctx.main_grad if need_weight else None
         d_weight = torch.zeros_like(weight) if need_weight and main_grad is None else None
         total = d_weight if main_grad is None else main_grad
@@ -132,17 +134,17 @@ class _Rows(NamedTuple):
     kept: Any = None
 
 
-class _Tiles:
+class _Tile:
     """Memory for one tile after another: fresh memory costs a CPU more than the sums that are made in it."""
 
     def __init__(self, like: Tensor, numel: int) -> None:
         self._like, self._numel = like, numel
-        self._memory: dict[int, Tensor] = {}
+        self._memory: Tensor | None = None
 
-    def __call__(self, index: int, rows: int, columns: int) -> Tensor:
-        if index not in self._memory:
-            self._memory[index] = self._like.new_empty(self._numel, dtype=_summed_in(self._like))
-        return self._memory[index][: rows * columns].view(rows, columns)
+    def __call__(self, rows: int, columns: int) -> Tensor:
+        if self._memory is None:
+            self._memory = self._like.new_empty(self._numel, dtype=_summed_in(self._like))
+        return self._memory[: rows * columns].view(rows, columns)
 
 
 def _whole(
@@ -154,15 +156,15 @@ def _whole(
     entropies = torch.empty_like(chosen) if entropy else None
     weight_up = weight.to(dtype)
     size = min(TILE_ELEMENTS // num_vocab, len(live))
-    tiles = _Tiles(hidden, size * num_vocab)
+    tile = _Tile(hidden, size * num_vocab)
     for place, part in _blocks(live, len(targets), size):
         rows = hidden[part].to(dtype)
-        tile = tiles(0, len(rows), num_vocab)
-        out = kept[place] if kept.numel() else tiles(1, len(rows), num_vocab)
-        logprobs = _log_softmax(rows, weight_up, temperature, tile, out)
+        logits = product(rows / temperature, weight_up)
+        logprobs = torch.log_softmax(logits, 1, out=kept[place] if kept.numel() else tile(len(rows), num_vocab))
         chosen[place] = logprobs.gather(1, targets[part, None]).squeeze(1)
         if entropies is not None:
-            entropies[place] = -torch.exp(logprobs, out=tile).mul_(logprobs).sum(1)
+            entropies[place] = -torch.exp(logprobs, out=logits).mul_(logprobs).sum(1)
+        del logits  # while the next ones are made, these must not stay
     return _Sums(chosen, entropies, None, kept)
 
 
@@ -174,25 +176,24 @@ def _in_slices(
     total, target_logit = torch.zeros_like(total_max), torch.zeros_like(total_max)
     dot = torch.zeros_like(total_max) if entropy else None  # of the powers with (logit - maximum)
     size = min(TILE_ELEMENTS // SLICE_COLUMNS, len(live))
-    tiles = _Tiles(hidden, size * SLICE_COLUMNS)
     for columns in _slices(len(weight)):
         weight_up = weight[columns].to(dtype)
         for place, part in _blocks(live, len(targets), size):
-            rows = hidden[part].to(dtype)
-            tile = tiles(0, len(rows), len(weight_up))
-            logits = kept[place, columns] if columns.stop <= kept.shape[1] else tile
-            _product(rows, weight_up, temperature, logits)
+            logits = product(hidden[part].to(dtype) / temperature, weight_up)
+            if columns.stop <= kept.shape[1]:
+                kept[place, columns] = logits
             column, inside = _targets_in(columns, targets[part, None])
             target_logit[place] += logits.gather(1, column).where(inside, 0.0).squeeze(1)
             new_max = torch.maximum(total_max[place], logits.amax(1))
             moved = total_max[place] - new_max
-            shifted = torch.sub(logits, new_max[:, None], out=tile)
+            shifted = logits.sub_(new_max[:, None])
             power = _exp(shifted, shifted if dot is None else torch.empty_like(shifted))
             if dot is not None:
                 dot[place] = (dot[place] + total[place] * moved) * moved.exp() + shifted.mul_(power).sum(1)
             total[place] = total[place] * moved.exp() + power.sum(1)
             total_max[place] = new_max
-        del weight_up  # while the next one is cast, this one must not stay
+            del logits, shifted, power  # while the next ones are made, these must not stay
+        del weight_up
     log_total = total.log()
     log_sum = total_max + log_total
     # Grouped so that a target far below a large maximum loses nothing of the difference.
@@ -203,43 +204,46 @@ def _in_slices(
 def _backward(
     hidden: Tensor, weight: Tensor, per_row: _Rows, temperature: float, d_rows: Tensor | None, d_weight: Tensor | None
 ) -> None:
-    """Write the gradient of the rows to d_rows [N,H], and add that of the weight to d_weight [V,H]."""
+    """Add the gradient of the rows to d_rows [N,H], and that of the weight to d_weight [V,H]."""
     rows, targets, gain, tilt, entropies, log_sum, kept = per_row
     dtype = _summed_in(hidden)
     width = min(len(weight), SLICE_COLUMNS)
     # Whole rows that are kept are not made again, so there is no tile to keep near the core: products can be large.
     few = log_sum is None and kept.shape[1]
     size = min((KEPT_ELEMENTS // 2 if few else TILE_ELEMENTS) // width, len(rows))
-    tiles = _Tiles(hidden, size * width)
-    scale = 1.0 / temperature
+    tile = _Tile(hidden, size * width)
+    gain = gain / temperature
+    tilt = None if tilt is None else tilt / temperature
     for columns in _slices(len(weight)):
         weight_up = weight[columns].to(dtype)
-        d_slice = None if d_weight is None else d_weight[columns]
-        # A dtype of few bits takes the sum when it is complete.
-        sums = d_slice if d_slice is None or d_slice.dtype == dtype else torch.zeros_like(d_slice, dtype=dtype)
+        sums = None  # a dtype of few bits takes the sum when it is complete
         for place, part in _blocks(rows, len(targets), size):
             x = hidden[part].to(dtype)
-            tile = tiles(0, len(x), len(weight_up))
             if columns.stop <= kept.shape[1]:
-                logprobs = kept[place, columns]
+                logprobs, d_logits = kept[place, columns], tile(len(x), len(weight_up))
             elif log_sum is None:
-                logprobs = _log_softmax(x, weight_up, temperature, tile, tiles(1, len(x), len(weight_up)))
+                logits = product(x / temperature, weight_up)
+                logprobs = d_logits = torch.log_softmax(logits, 1, out=tile(len(x), len(weight_up)))
+                del logits
             else:
-                logprobs = torch.addmm(-log_sum[place, None], x, weight_up.t(), alpha=scale, out=tile)
+                logprobs = d_logits = product(x / temperature, weight_up).sub_(log_sum[place, None])
             slope = gain[place, None]
             if tilt is not None and entropies is not None:
                 slope = slope + tilt[place, None] * (logprobs + entropies[place, None])
-            d_logits = torch.exp(logprobs, out=tile) if log_sum is None else _exp(logprobs, tile)
+            d_logits = torch.exp(logprobs, out=d_logits) if log_sum is None else _exp(logprobs, d_logits)
             d_logits.mul_(-slope)
             column, inside = _targets_in(columns, targets[part, None])
             d_logits.scatter_add_(1, column, gain[place, None].where(inside, 0.0))
             if d_rows is not None:
-                d_rows[place].addmm_(d_logits, weight_up, beta=float(columns.start > 0), alpha=scale)
-            if sums is not None:
-                sums.addmm_(d_logits.t(), x, alpha=scale)
-        if d_slice is not None and sums is not None and sums is not d_slice:
-            d_slice.copy_(sums)
-        del weight_up, sums  # while the next ones are made, these must not stay
+                d_rows[place].add_(product(d_logits, weight_up.t()))
+            if d_weight is not None:
+                d_part = transposed_product(d_logits, x)
+                sums = d_part if sums is None else sums.add_(d_part)
+                del d_part
+            del logprobs, d_logits, slope  # while the next ones are made, these must not stay
+        if d_weight is not None and sums is not None:
+            d_weight[columns].add_(sums.contiguous())
+        del weight_up, sums
 
 
 def kept_columns(num_rows: int, num_vocab: int) -> int:
@@ -273,16 +277,6 @@ def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
     column = targets - columns.start
     last = columns.stop - columns.start - 1
     return column.clamp(0, last), (column >= 0) & (column <= last)
-
-
-def _product(rows: Tensor, weight: Tensor, temperature: float, logits: Tensor) -> None:
-    """rows @ weight.T / temperature, the division done inside the product."""
-    torch.addmm(logits, rows, weight.t(), beta=0, alpha=1.0 / temperature, out=logits)
-
-
-def _log_softmax(rows: Tensor, weight: Tensor, temperature: float, logits: Tensor, out: Tensor) -> Tensor:
-    _product(rows, weight, temperature, logits)
-    return torch.log_softmax(logits, 1, out=out)
 
 
 def _exp(x: Tensor, out: Tensor) -> Tensor:
