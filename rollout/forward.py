@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..engine.model import Attention, Model
 from ..kernels.attention import packed_attention, paged_attention
 from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
+from ..kernels.linear import linear
 from ..kernels.logprob import grouped_logprob
 from ..kernels.rotary import apply_rotary, write_rotated
 from ..kernels.sampling import Drawn, sample_tokens
@@ -119,7 +119,7 @@ class Forward:
 
     def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
         """Draws the token that follows each hidden state [N,H]."""
-        logits = linear(self._padded(hidden), self._model.output_weight, None)[: len(hidden)]
+        logits = linear(self._padded(hidden), self._model.output_weight)[: len(hidden)]
         drawn = sample_tokens(logits, *(self._tensor(array) for array in draws))
         return self._scored(hidden, drawn, draws.temperature) if self._exact else drawn
 

@@ -23,9 +23,8 @@ from groupwise.engine.schedule import Schedule
 from groupwise.recipes.evaluate import Outcome, summarise
 from groupwise.recipes.experts import Experts
 from groupwise.recipes.grpo import drawn, to_batches
-from groupwise.recipes.rollouts import my_share
 from groupwise.recipes.policy import load_policy
-from groupwise.recipes.rollouts import open_sandbox
+from groupwise.recipes.rollouts import my_share, open_sandbox
 from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training, places
 from groupwise.rollout.sandbox import Limits

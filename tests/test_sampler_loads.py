@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from distributed import run_ranks
-from sampled import CONFIG, drain, full_logprobs, prompts, random_model, sampler, tokens
+from sampled import drain, full_logprobs, prompts, random_model, sampler, tokens
 
 from groupwise.engine.mesh import Mesh
 from groupwise.engine.model import Model
