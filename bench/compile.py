@@ -39,11 +39,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ELEMENTS = {
     *("hidden", "weight", "d_logits"),
     *("x", "residual", "y", "total", "d_y", "d_total", "d_x"),
-    *("q", "k", "cos", "sin", "q_out", "k_out"),
+    *("q", "k", "cos", "sin", "q_out", "k_out", "k_cache", "v_cache"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
     *("v", "d_q", "d_k", "d_v"),
 }
-INDICES = {"targets": "i64", "counter": "i32", "bounds": "i32", "prefix": "i32"}
+INDICES = {"targets": "i64", "slots": "i64", "counter": "i32", "bounds": "i32", "prefix": "i32"}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
 UNALIGNED = {
@@ -146,8 +146,10 @@ def _norm() -> Iterator[Case]:
 
 def _rotary() -> Iterator[Case]:
     for size, back, dtype in ((96, False, "bf16"), (128, True, "bf16"), (128, False, "fp32")):
-        constants = {"BACK": back, "SIZE": size, "WIDTH": 64, "QUERY_HEADS": 64, "KEY_HEADS": 8}
-        yield Case("rotary", rotary._rotary_kernel, dtype, constants, {"num_warps": 4})
+        constants = {"SIZE": size, "WIDTH": 64, "QUERY_HEADS": 64, "KEY_HEADS": 8}
+        yield Case("rotary", rotary._rotary_kernel, dtype, {"BACK": back, **constants}, {"num_warps": 4})
+        if not back:
+            yield Case("rotary write", rotary._write_kernel, dtype, constants, {"num_warps": 4})
 
 
 def _swiglu() -> Iterator[Case]:

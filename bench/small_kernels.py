@@ -4,7 +4,8 @@
 
 A shape is tokens x hidden x intermediate x query heads x key heads x head size. ``share_of_limit`` is the time of one
 copy that moves as many bytes as the operation must read and write, timed in the same run, over ours; ``speedup`` is the
-time of plain PyTorch over ours. ``no_gradient`` is the forward pass of a sampler, in place where it can be.
+time of plain PyTorch over ours. ``no_gradient`` is the forward pass of a sampler, in place where it can be; ``write``
+turns queries and keys and stores keys and values in a paged cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from groupwise.bench import common
 from groupwise.engine.model import Rotary
-from groupwise.kernels import add_rms_norm, apply_rotary, eager, implementation, silu_mul
+from groupwise.kernels import add_rms_norm, apply_rotary, eager, implementation, silu_mul, write_rotated
 
 GPU_SHAPES = [(8192, 1536, 8960, 12, 2, 128), (8192, 3584, 18944, 28, 4, 128), (8192, 5120, 13824, 40, 8, 128)]
 CPU_SHAPES = [(512, 256, 704, 4, 2, 64), (512, 1536, 8960, 12, 2, 128)]
@@ -111,27 +112,59 @@ def measure(op: str, shape: tuple[int, ...], args: Any) -> list[common.Row]:
     }
     rows = []
     for name, (moved, own_form, plain_form, arguments) in work.items():
-        spare = [torch.empty(moved // 2, dtype=torch.uint8, device=args.device) for _ in inputs]
-        contenders = {
-            "ours": lambda _, *x, form=own_form: form(*x),
-            "copy": lambda moved, *_: moved.clone(),  # between the two, so that neither finds the other's in a cache
-            "plain": lambda _, *x, form=plain_form: form(*x),
-        }
-        times = common.in_turns(contenders, [(s, *a) for s, a in zip(spare, arguments, strict=True)], args.repeats)
-        rows.append(
-            {
-                "op": op,
-                "pass": name,
-                "shape": "x".join(map(str, shape)),
-                "ours_ms": times["ours"],
-                "plain_ms": times["plain"],
-                "copy_ms": times["copy"],
-                "share_of_limit": times["copy"] / times["ours"],
-                "speedup": times["plain"] / times["ours"],
-                "flops_per_byte": FLOPS[op] * own[0].numel() * (2 if name == "backward" else 1) / moved,
-            }
-        )
+        flops = FLOPS[op] * own[0].numel() * (2 if name == "backward" else 1)
+        rows.append({"op": op, "pass": name} | timed(own_form, plain_form, arguments, moved, flops, shape, args))
     return rows
+
+
+def measure_write(shape: tuple[int, ...], args: Any) -> common.Row:
+    """The rotation with the write into a cache of twice the tokens, beside plain PyTorch's."""
+
+    def plain(*x: Tensor) -> Tensor:
+        q, k, v, cos, sin, k_cache, v_cache, slots = x
+        k_cache.flatten(0, 1)[slots] = eager.rotate(k, cos, sin)
+        v_cache.flatten(0, 1)[slots] = v
+        return eager.rotate(q, cos, sin)
+
+    inputs = []
+    for seed in range(2):
+        (q, k), angles = make_inputs("rotary", shape, args.device, seed)
+        caches = [k.new_zeros(-(-len(k) // 8), 16, *k.shape[1:]) for _ in range(2)]
+        slots = torch.randperm(2 * len(k), device=args.device)[: len(k)]
+        inputs.append([q.detach(), k.detach(), k.detach().clone(), *angles, *caches, slots])
+    results = []
+    for form in (write_rotated, plain):
+        tensors = [x.clone() for x in inputs[0]]
+        results.append([form(*tensors), *tensors[5:7]])
+    for got, expected in zip(*results, strict=True):
+        if not common.error(got, expected) <= 2 * torch.finfo(got.dtype).eps:
+            sys.exit(f"write_rotated differs from plain PyTorch by {common.error(got, expected):.2e}")
+    q, k, v, cos, sin, _, _, slots = inputs[0]
+    moved = 2 * (q.nbytes + k.nbytes + v.nbytes) + (cos.nbytes + sin.nbytes) // 2 + slots.nbytes
+    times = timed(write_rotated, plain, inputs, moved, FLOPS["rotary"] * (q.numel() + k.numel()), shape, args)
+    return {"op": "rotary", "pass": "write"} | times
+
+
+def timed(
+    ours: Form, plain: Form, arguments: list[Any], moved: int, flops: int, shape: tuple[int, ...], args: Any
+) -> common.Row:
+    """Both forms in turns with a copy that moves as many bytes."""
+    spare = [torch.empty(moved // 2, dtype=torch.uint8, device=args.device) for _ in arguments]
+    contenders: dict[str, Form] = {
+        "ours": lambda _, *x: ours(*x),
+        "copy": lambda moved, *_: moved.clone(),  # between the two, so that neither finds the other's in a cache
+        "plain": lambda _, *x: plain(*x),
+    }
+    times = common.in_turns(contenders, [(s, *a) for s, a in zip(spare, arguments, strict=True)], args.repeats)
+    return {
+        "shape": "x".join(map(str, shape)),
+        "ours_ms": times["ours"],
+        "plain_ms": times["plain"],
+        "copy_ms": times["copy"],
+        "share_of_limit": times["copy"] / times["ours"],
+        "speedup": times["plain"] / times["ours"],
+        "flops_per_byte": flops / moved,
+    }
 
 
 def main() -> None:
@@ -139,6 +172,7 @@ def main() -> None:
     shapes = common.parse_shapes(args.shapes, GPU_SHAPES if args.device == "cuda" else CPU_SHAPES)
     print(", ".join(f"{op} is served by {implementation(args.device, op)}" for op in FORMS))
     rows = [row for shape in shapes for op in FORMS for row in measure(op, shape, args)]
+    rows += [measure_write(shape, args) for shape in shapes]
     common.report("small_kernels", rows, args)
 
 

@@ -6,7 +6,7 @@ from .clamped_delta import clamped_delta_loss
 from .dispatch import describe, implementation
 from .logprob import grouped_logprob
 from .norm import add_rms_norm, rms_norm
-from .rotary import apply_rotary
+from .rotary import apply_rotary, write_rotated
 from .swiglu import silu_mul
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "silu_mul",
+    "write_rotated",
 ]

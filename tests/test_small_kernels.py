@@ -8,7 +8,7 @@ from interpreter import interpreted
 from torch import Tensor
 
 from groupwise.engine.model import Rotary
-from groupwise.kernels import add_rms_norm, apply_rotary, eager, implementation, norm, rms_norm, silu_mul
+from groupwise.kernels import add_rms_norm, apply_rotary, eager, implementation, norm, rms_norm, silu_mul, write_rotated
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16]  # what the interpreter can do
@@ -155,6 +155,80 @@ def test_what_autograd_keeps() -> None:
     interpreted(check_what_is_kept)
 
 
+def check_write(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Queries, keys and values as the oracle has them, each in its slot; what no token names stays as it was."""
+    served = implementation(device, "rotary")
+    own, angles = make_inputs("rotary", shape)
+    tokens, _, key_heads, size = shape
+    generator = torch.Generator().manual_seed(2)
+    v, *caches = (
+        torch.randn(*s, key_heads, size, generator=generator, dtype=torch.float64) for s in [(tokens,), *[(9, 16)] * 2]
+    )
+    slots = torch.randperm(9 * 16, generator=generator)[:tokens]
+    if served == "triton":
+        slots[1::3] = -1
+    rounded = [x.to(device, dtype) for x in (*own, v, *angles, *caches)]
+    q, k, v, cos, sin, *expected = (x.cpu().double() for x in rounded)
+    stored = slots >= 0
+    for cache, x in zip(expected, (eager.rotate(k, cos, sin), v), strict=True):
+        cache.flatten(0, 1)[slots[stored]] = x[stored]
+    out = write_rotated(*rounded, slots.to(device))
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(out.cpu().double(), eager.rotate(q, cos, sin), **tolerance)
+    torch.testing.assert_close(rounded[5].cpu().double(), expected[0], **tolerance)
+    assert torch.equal(rounded[6].cpu().double(), expected[1])
+    untouched = torch.ones(9 * 16, dtype=torch.bool).index_fill(0, slots[stored], False)
+    for cache, before in zip(rounded[5:], expected, strict=True):
+        assert torch.equal(cache.cpu().double().flatten(0, 1)[untouched], before.flatten(0, 1)[untouched])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES["rotary"])
+def test_write_into_a_paged_cache(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_write(shape, dtype)
+    interpreted(check_write, shape, dtype)
+
+
+def check_write_in_place() -> None:
+    """A tensor that is overwritten says so to autograd; the sampler's, made for inference, need not."""
+    own, angles = make_inputs("rotary", (5, 4, 2, 64))
+    q, k, cos, sin = (x.float() for some in (own, angles) for x in some)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            tensors = [q.clone(), k, torch.zeros_like(k), cos, sin, *(torch.zeros(2, 16, 2, 64) for _ in range(2))]
+            written = (tensors[0], *tensors[5:])
+            before = [0 if inference else x._version for x in written]
+            out = write_rotated(*tensors, torch.arange(5))
+            assert out.data_ptr() == tensors[0].data_ptr()
+            assert inference or all(x._version > b for x, b in zip(written, before, strict=True))
+
+
+def test_write_counts_as_a_change() -> None:
+    interpreted(check_write_in_place)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"v": torch.ones(3, 1, 8)}, ValueError, r"k, v, k_cache and v_cache have shapes \[3, 2, 8\], \[3, 1, 8\]"),
+        ({"q": torch.ones(3, 4, 6)}, ValueError, "write_rotated: q, k, cos and sin have shapes"),
+        ({"k_cache": torch.ones(2, 4, 2, 8).half()}, ValueError, "k_cache is torch.float16 and k torch.float32"),
+        ({"v_cache": torch.ones(4, 2, 2, 8).transpose(0, 1)}, ValueError, "not contiguous"),
+        ({"slots": torch.arange(3).int()}, ValueError, r"slots is a torch.int32 tensor of shape \[3\]"),
+        ({"slots": torch.arange(4)}, ValueError, r"expected int64 of shape \[3\]"),
+        ({"slots": torch.tensor([0, -1, 2])}, IndexError, "out of"),
+        ({"slots": torch.tensor([0, 8, 2])}, IndexError, "out of"),
+    ],
+)
+def test_write_errors(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    sizes = {"q": (3, 4, 8), "k": (3, 2, 8), "v": (3, 2, 8), "cos": (3, 1, 8), "sin": (3, 1, 8)}
+    tensors = {
+        name: torch.ones(size) for name, size in (sizes | dict.fromkeys(("k_cache", "v_cache"), (2, 4, 2, 8))).items()
+    }
+    with pytest.raises(error, match=message):
+        write_rotated(**(tensors | {"slots": torch.arange(3)} | change))
+
+
 @pytest.mark.parametrize(("op", "shape"), [("norm", (3, 5)), ("sum and norm", (3, 5)), ("swiglu", (3, 5))])
 def test_eager_gradients_by_finite_differences(op: str, shape: tuple[int, ...]) -> None:
     own = [x.requires_grad_() for x in make_inputs(op, shape)[0]]
@@ -187,3 +261,10 @@ def test_errors(call: Any, message: str) -> None:
 @pytest.mark.parametrize(("op", "shape"), [*CASES, ("sum and norm", (8193, 5120)), ("rotary", (8193, 12, 2, 128))])
 def test_triton_on_the_gpu(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(op, shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES["rotary"])
+def test_write_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_write(shape, dtype, "cuda")
