@@ -1,11 +1,12 @@
 """One file a kernel; ``eager`` is the oracle of the tests and the path without a GPU."""
 
 from . import eager
-from .attention import packed_attention, paged_attention
+from .attention import packed_attention
 from .clamped_delta import clamped_delta_loss
 from .dispatch import describe, implementation
 from .logprob import grouped_logprob
 from .norm import add_rms_norm, rms_norm
+from .paged_attention import paged_attention
 from .rotary import apply_rotary, write_rotated
 from .swiglu import silu_mul
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.model import Model
-from ..kernels.attention import packed_attention, paged_attention
-from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
+from ..kernels.attention import packed_attention
+from ..kernels.cascade import CascadeDecode
+from ..kernels.paged_attention import paged_attention
 from ..kernels.rotary import apply_rotary
 from .cache import BlockTables, KVCache
 from .draw import SamplingParams, choose, stream_key, uniforms
@@ -364,10 +365,9 @@ class Sampler:
 
     def _decode_attention(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> Callable[..., Tensor]:
         config = self._model.config
-        if self._device.type == "cpu" and config.num_key_value_heads <= MAX_KV_HEADS:
-            cascade = CascadeDecode(
-                tables, lengths, self._tables.block_size, config.num_key_value_heads * config.head_size
-            )
+        if self._device.type == "cpu":
+            cascade = CascadeDecode(self._tables.block_size, config.num_key_value_heads, config.head_size, self._device)
+            cascade.set(tables, lengths)
             return lambda q, k, v, keys, values: cascade(q, keys, values)
         block_tables, context_lens = self._tensor(tables), self._tensor(lengths.astype(np.int32))
         cu_seqlens = torch.arange(len(tables) + 1, dtype=torch.int32, device=self._device)
