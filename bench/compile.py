@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, logprob, norm, rotary, segments, swiglu
+from groupwise.kernels import clamped_delta, decode, logprob, norm, pages, prefill, rotary, segments, swiglu
 from groupwise.kernels.tiles import tiles
 
 TARGETS = {
@@ -43,12 +43,17 @@ ELEMENTS = {
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
     *("v", "d_q", "d_k", "d_v"),
 }
-INDICES = {"targets": "i64", "slots": "i64", "counter": "i32", "bounds": "i32", "prefix": "i32"}
-INTEGERS = re.compile("num_.*|column_.*|.*_stride")
+INDICES = {
+    **dict.fromkeys(("targets", "slots"), "i64"),
+    **dict.fromkeys(("counter", "bounds", "prefix"), "i32"),
+    **dict.fromkeys(("block_tables", "context_lens", "work_count", "items", "pieces"), "i32"),
+}
+INTEGERS = re.compile("num_.*|max_.*|column_.*|.*_stride")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
 UNALIGNED = {
     *("num_tokens", "num_row_tiles", "num_column_tiles", "num_slices", "num_group_tiles"),
     *("num_blocks", "num_rows", "num_query_heads", "num_key_heads"),
+    *("max_blocks", "max_pieces", "context_lens", "work_count", "items", "pieces"),
 }
 
 
@@ -95,6 +100,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _rotary()
     yield from _swiglu()
     yield from _segments(target)
+    yield from _pages(target)
 
 
 def _logprob(target: str) -> Iterator[Case]:
@@ -169,6 +175,27 @@ def _segments(target: str) -> Iterator[Case]:
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             # At 256 the tiles are too small for the instructions of sm_90.
             yield Case(f"attention {name}", kernel, dtype, constants, options, dtype == "bf16" and size <= 128)
+
+
+def _pages(target: str) -> Iterator[Case]:
+    """Head sizes with queries a key head, of Qwen2.5 0.5B, 1.5B, 7B and 14B, Llama 3, and without groups."""
+    ways = [("bf16", 64, 7), *(("bf16", 128, group) for group in (1, 4, 5, 6, 7)), ("bf16", 256, 4), ("fp32", 64, 7)]
+    for dtype, size, group in ways:
+        # At 256 the tiles are too small for the instructions of sm_90.
+        matrix = dtype == "bf16" and size <= 128
+        shape = {"BLOCK": 16, "GROUP": group, "SIZE": size, "WIDTH": size}
+        for name in ("prefill", "decode"):
+            tile = pages.tiles(name, DTYPES[dtype], size, target)
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            if name == "prefill":
+                constants = shape | {"ROWS": tile.rows, "COLUMNS": tile.columns}
+                yield Case("paged prefill", prefill.prefill_kernel, dtype, constants, options, matrix)
+            else:
+                constants = shape | decode.heights(tile, group) | {"COLUMNS": tile.columns, "FIELDS": decode.FIELDS}
+                yield Case("paged decode", decode.items_kernel, dtype, constants, options, matrix)
+    for dtype, size in (("bf16", 128), ("bf16", 256), ("fp32", 96)):
+        constants = {"SIZE": size, "WIDTH": triton.next_power_of_2(size), "PIECES": decode.JOINED_PIECES}
+        yield Case("paged join", decode.join_kernel, dtype, constants, {"num_warps": 4})
 
 
 def compiled(case: Case, target: str) -> Any:

@@ -1,8 +1,9 @@
-"""Decode attention on a CPU: a shared prefix is read once a group, and what all layers have in common is done once.
+"""Decode attention in PyTorch: a shared prefix is read once a group, and what all layers have in common is done once.
 
 A step of a small model on a CPU is bound by reading keys and values and by the count of operations. Sequences whose
 tables begin with the same blocks (the samples of one prompt) meet the keys there in one product; only what differs is
-gathered for each sequence. Both parts go through one softmax, so nothing is approximated.
+gathered for each sequence. Both parts go through one softmax, so nothing is approximated. A model with many key heads
+takes PyTorch's attention, and each sequence all its own blocks.
 
 Shapes: N sequences, Hq query heads, Hkv key/value heads, D head size, C = Hkv*D, E tokens of a prefix, S behind it.
 """
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .work_list import shared_blocks
 
 # Keys gathered at one time: 2 MiB in float32, so that they are near the core when they are multiplied.
 GATHER_ELEMENTS = 1 << 19
@@ -34,30 +37,44 @@ class _Chunk(NamedTuple):
 
 
 class CascadeDecode:
-    """One decoding step: a query for each sequence against the paged cache, over all layers.
+    """One decoding step for many layers: a query for each sequence against the paged cache.
 
     Args:
-        block_tables: [N, max_blocks] int32; rows that share a prefix should be neighbours; unused cells name any block.
-        context_lens: [N] tokens in the cache, the new one included.
         block_size: tokens in a block.
-        channels: C, the width of one token's keys in one layer.
+        num_key_heads: Hkv.
+        head_size: D.
+        device: where queries and cache are.
     """
 
-    def __init__(
-        self, block_tables: NDArray[np.int32], context_lens: NDArray[np.int64], block_size: int, channels: int
-    ) -> None:
-        self.block_size = block_size
-        tables = block_tables.astype(np.int64)
-        groups, shared = _shared_blocks(tables, (context_lens - 1) // block_size)
-        used = -(-context_lens // block_size)
+    def __init__(self, block_size: int, num_key_heads: int, head_size: int, device: torch.device) -> None:
+        self._block_size, self._num_key_heads, self._head_size = block_size, num_key_heads, head_size
+        self._device = device
         self._chunks: list[_Chunk] = []
+
+    def set(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+        """Plans a step.
+
+        Args:
+            tables: [N, blocks] block tables; rows that share a prefix should be neighbours; unused cells name any
+                block.
+            lengths: [N] tokens in the cache, the new one included, at least 1.
+        """
+        wide = tables.astype(np.int64)
+        groups, shared = shared_blocks(wide, (lengths - 1) // self._block_size)
+        if self._num_key_heads > MAX_KV_HEADS:
+            shared[:] = 0
+        used = -(-lengths // self._block_size)
+        self._chunks = []
         start = 0
-        limit = max(1, GATHER_ELEMENTS // (block_size * channels))  # blocks
-        while start < len(tables):
-            blocks = np.maximum.accumulate((used - shared)[start:]) * np.arange(1, len(tables) - start + 1)
+        limit = max(1, GATHER_ELEMENTS // (self._block_size * self._num_key_heads * self._head_size))  # blocks
+        while start < len(wide):
+            blocks = np.maximum.accumulate((used - shared)[start:]) * np.arange(1, len(wide) - start + 1)
             rows = slice(start, start + max(1, int(np.searchsorted(blocks, limit, side="right"))))
-            self._chunks.append(self._chunk(rows, tables[rows], context_lens[rows], groups[rows], shared[rows]))
+            self._chunks.append(self._chunk(rows, wide[rows], lengths[rows], groups[rows], shared[rows]))
             start = rows.stop
+
+    # The same rows some tokens later are a new plan here.
+    update = set
 
     def _chunk(
         self,
@@ -67,7 +84,7 @@ class CascadeDecode:
         groups: NDArray[np.int64],
         shared: NDArray[np.int64],
     ) -> _Chunk:
-        size, count = self.block_size, len(tables)
+        size, count = self._block_size, len(tables)
         prefix_blocks = int(shared.max())
         suffix_blocks = int((-(-lengths // size) - shared).max())
         columns = np.minimum(shared[:, None] + np.arange(suffix_blocks), tables.shape[1] - 1)
@@ -84,11 +101,14 @@ class CascadeDecode:
             member = np.arange(count) - first[group]
             width = int(member.max()) + 1
             places = len(first) * width
-            prefix = torch.from_numpy(tables[first, :prefix_blocks])
+            prefix = self._tensor(tables[first, :prefix_blocks])
             if places != count:
-                place = torch.from_numpy(group * width + member)
+                place = self._tensor(group * width + member)
             mask[:, 0, : prefix_blocks * size][np.arange(prefix_blocks * size) >= (shared * size)[:, None]] = -np.inf
-        return _Chunk(rows, prefix, place, places, torch.from_numpy(suffix), torch.from_numpy(mask))
+        return _Chunk(rows, prefix, place, places, self._tensor(suffix), self._tensor(mask))
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Attention of the new tokens in one layer.
@@ -102,6 +122,9 @@ class CascadeDecode:
             [N,Hq,D]; scores are scaled by D**-0.5.
         """
         (count, heads, size), kv_heads = q.shape, k_cache.shape[2]
+        if kv_heads > MAX_KV_HEADS:
+            parts = [_attend_by_head(q[chunk.rows], k_cache, v_cache, chunk) for chunk in self._chunks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         # Queries in a block-diagonal [Hq,C] make all heads one product over the cache as it lies.
         wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
         wide.diagonal(dim1=1, dim2=3).copy_((q * size**-0.5).view(count, kv_heads, -1, size).permute(0, 2, 3, 1))
@@ -110,23 +133,6 @@ class CascadeDecode:
         parts = [_attend(wide[chunk.rows], keys, values, chunk) for chunk in self._chunks]
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(count, kv_heads, -1, kv_heads, size)
         return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, heads, size)
-
-
-def _shared_blocks(tables: NDArray[np.int64], full: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Groups of neighbouring rows that begin with the same block, and how many full blocks all of a group share.
-
-    ``full`` [N] counts the blocks of each row that its newest token is not in: so each row keeps that one behind.
-    """
-    new = np.ones(len(tables), bool)
-    new[1:] = tables[1:, 0] != tables[:-1, 0]
-    groups = np.cumsum(new) - 1
-    first = np.flatnonzero(new)
-    leader = tables[first][groups]
-    equal = np.logical_and.accumulate(tables == leader, 1).sum(1)
-    shared = np.minimum.reduceat(np.minimum(equal, full), first)
-    alone = np.diff(np.append(first, len(tables))) == 1
-    shared[alone] = 0
-    return groups, shared[groups]
 
 
 def _gather(cache: Tensor, blocks: Tensor, channels: int) -> Tensor:  # [num_blocks,bs*C], [n,b] -> [n,b*bs,C]
@@ -158,3 +164,13 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:  
     head = torch.bmm(head.reshape(groups, -1, split), _gather(values, chunk.prefix, channels))
     head = head.view(chunk.places, heads, channels)
     return out.add_(head if chunk.place is None else head.index_select(0, chunk.place))
+
+
+def _attend_by_head(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _Chunk) -> Tensor:  # q, out: [n,Hq,D]
+    kv_heads, size = k_cache.shape[2:]
+    keys, values = (
+        _gather(x.flatten(1), chunk.suffix, kv_heads * size).unflatten(2, (kv_heads, size)).transpose(1, 2)
+        for x in (k_cache, v_cache)
+    )
+    mask = chunk.mask[:, None].to(q.dtype)
+    return F.scaled_dot_product_attention(q.unflatten(1, (kv_heads, -1)), keys, values, attn_mask=mask).flatten(1, 2)

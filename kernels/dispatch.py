@@ -26,7 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
     "linear": ("onednn", "torch"),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
-    "paged_attention": ("eager",),
+    "paged_attention": ("triton", "flash-attn", "xformers", "eager"),
     "sample_tokens": ("triton", "eager"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
@@ -94,6 +94,21 @@ def packed_attention_by(device_type: str, dtype: torch.dtype, head_size: int, sh
     can = dict.fromkeys(LIBRARIES, half and not shared and head_size <= MAX_HEAD_SIZE and head_size % 8 == 0)
     can |= {"triton": _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE, "sdpa": True}
     return next(name for name in names[names.index(implementation(device_type, "packed_attention")) :] if can[name])
+
+
+def paged_attention_by(device_type: str, dtype: torch.dtype, head_size: int, block_size: int) -> str:
+    """Name what serves attention to a paged cache of such heads and blocks.
+
+    It is the implementation, or the first behind it that can: Triton takes head sizes up to 256 and blocks whose size
+    is a power of two from 16 on; the libraries half precision, head sizes that are multiples of 8 up to 256, and
+    blocks of a multiple of 256. Where it is Triton, ``decode.DecodePlan`` serves decoding.
+    """
+    names = available(device_type, "paged_attention")
+    half = dtype in (torch.float16, torch.bfloat16)
+    power = block_size >= 16 and block_size & (block_size - 1) == 0
+    can = dict.fromkeys(LIBRARIES, half and head_size <= MAX_HEAD_SIZE and head_size % 8 == 0 and block_size % 256 == 0)
+    can |= {"triton": power and _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE, "eager": True}
+    return next(name for name in names[names.index(implementation(device_type, "paged_attention")) :] if can[name])
 
 
 def triton_serves(op: str, tensor: torch.Tensor) -> bool:

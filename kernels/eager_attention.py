@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Keys (and values) gathered from the cache at one time by a decoding step: 2 MiB in float32, to stay near the core.
+# Keys (and values) gathered from the cache at one time: 2 MiB in float32, to stay near the core.
 GATHER_ELEMENTS = 1 << 19
 # Attention scores of one block of a prefill: 32 MiB in float32.
 SCORE_ELEMENTS = 1 << 23
@@ -245,29 +245,28 @@ def paged_attention(
     hold finite numbers everywhere (what lies behind a sequence's end is multiplied by zero); block_tables
     [N,max_blocks].
     """
-    if max_seqlen_q == 1 and len(q) == len(context_lens):
-        return _paged_decode(q, k_cache, v_cache, block_tables, context_lens)
     out = torch.empty_like(q)
     bounds = cu_seqlens_q.tolist()
     contexts = context_lens.tolist()
     sequences = sorted((stop - start, n) for n, (start, stop) in enumerate(pairwise(bounds)) if stop > start)
     for block in _similar([length for length, _ in sequences]):
         longest = sequences[block.stop - 1][0]
-        members = [sequences[i][1] for i in block]
-        span = max(contexts[n] for n in members)
-        for chosen in _slices(members, SCORE_ELEMENTS // (q.shape[1] * longest * span)):
-            index = torch.tensor(chosen, device=q.device)
-            start = cu_seqlens_q[index].long()
-            length = cu_seqlens_q[index + 1].long() - start
-            row = torch.arange(longest, device=q.device)
-            real = row < length[:, None]
-            rows = start[:, None] + torch.minimum(row, length[:, None] - 1)  # [n,Q]
-            if longest == 1:
-                part = _paged_decode(q[rows[:, 0]], k_cache, v_cache, block_tables[index], context_lens[index])[:, None]
-            else:
+        members = sorted((sequences[i][1] for i in block), key=contexts.__getitem__)
+        for alike in _similar([contexts[n] for n in members]):
+            span = contexts[members[alike.stop - 1]]
+            limit = min(
+                SCORE_ELEMENTS // (q.shape[1] * longest * span), GATHER_ELEMENTS // (span * k_cache[0, 0].numel())
+            )
+            for chosen in _slices([members[i] for i in alike], limit):
+                index = torch.tensor(chosen, device=q.device)
+                start = cu_seqlens_q[index].long()
+                length = cu_seqlens_q[index + 1].long() - start
+                row = torch.arange(longest, device=q.device)
+                real = row < length[:, None]
+                rows = start[:, None] + torch.minimum(row, length[:, None] - 1)  # [n,Q]
                 position = (context_lens[index].long() - length)[:, None] + rows - start[:, None]
                 part = _paged_prefill(q[rows], k_cache, v_cache, block_tables[index], position, span)
-            out[rows[real]] = part[real]
+                out[rows[real]] = part[real]
     return out
 
 
@@ -295,42 +294,3 @@ def _paged_prefill(
     mask = seen.repeat(1, heads // kv_heads, 1)[:, None]
     out = F.scaled_dot_product_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
     return out.view(count, heads, length, size).transpose(1, 2)
-
-
-def _paged_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor
-) -> Tensor:  # one new token a sequence, q [B,Hq,D] -> [B,Hq,D]
-    out = torch.empty_like(q)
-    order = context_lens.argsort()
-    spans = context_lens[order].tolist()
-    kv_size = k_cache.shape[2] * k_cache.shape[3]
-    start = 0
-    while start < len(spans):
-        # Neighbours in length share a chunk, so little padding is gathered.
-        stop = start + max(1, GATHER_ELEMENTS // (spans[start] * kv_size))
-        index = order[start:stop]
-        span = spans[min(stop, len(spans)) - 1]
-        out[index] = _decode_chunk(q[index], k_cache, v_cache, block_tables[index], context_lens[index], span)
-        start = stop
-    return out
-
-
-def _decode_chunk(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, span: int
-) -> Tensor:  # q [n,Hq,D] -> [n,Hq,D]
-    keys, values = (_gather(cache, block_tables, span) for cache in (k_cache, v_cache))  # [n,L,Hkv,D]
-    (count, heads, size), kv_heads = q.shape, keys.shape[2]
-    grouped = q.view(count, kv_heads, -1, size)  # [n,Hkv,G,D]
-    unseen = torch.arange(keys.shape[1], device=q.device) >= context_lens[:, None]  # [n,L]
-    if kv_heads > 4:
-        mask = ~unseen[:, None, None]
-        out = F.scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-        return out.reshape(count, heads, size)
-    # Queries in a block-diagonal [Hq, Hkv*D] make all heads one product over the cache as it lies: a few idle
-    # multiplications in place of a product, or a transposed copy of the keys, for each head.
-    wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
-    wide.diagonal(dim1=1, dim2=3).copy_((grouped * size**-0.5).permute(0, 2, 3, 1))
-    scores = torch.bmm(wide.view(count, heads, -1), keys.flatten(2).transpose(1, 2))  # [n,Hq,L]
-    chances = scores.masked_fill_(unseen[:, None], -torch.inf).softmax(2, dtype=torch.float32).to(q.dtype)
-    out = torch.bmm(chances, values.flatten(2)).view_as(wide)
-    return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, heads, size)

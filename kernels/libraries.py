@@ -1,7 +1,9 @@
-"""Packed attention by kernels of others: flash-attn, PyTorch's varlen_attn, xformers.
+"""Attention by kernels of others: flash-attn, PyTorch's varlen_attn, xformers.
 
-Each takes q [T,Hq,D], k and v [T,Hkv,D] in half precision, contiguous, cu_seqlens [N+1] int32 and the longest segment,
-all on CUDA, T at least 1, and is differentiable. Which of them are installed is known to ``dispatch``.
+For packed segments each takes q [T,Hq,D], k and v [T,Hkv,D] in half precision, contiguous, cu_seqlens [N+1] int32 and
+the longest segment, all on CUDA, T at least 1, and is differentiable. For a paged cache (``paged_``) they take what
+``paged_attention`` does, in blocks of a multiple of 256 tokens, and have no gradient. Which of them are installed is
+known to ``dispatch``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,16 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: 
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_varlen_func(q, k, v, *bounds, causal=True, deterministic=deterministic)
+
+
+def paged_flash_attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_lengths = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    bounds = (cu_seqlens, cu_lengths, longest, tables.shape[1] * k_cache.shape[1])
+    return flash_attn_varlen_func(q, k_cache, v_cache, *bounds, causal=True, block_table=tables)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -48,6 +60,21 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=_causal_blocks(cu_seqlens))[0]
 
 
+def paged_xformers(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor, longest: int
+) -> Tensor:
+    from xformers.ops import memory_efficient_attention_forward
+    from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask as Mask
+
+    key_heads, size = k_cache.shape[2:]
+    query = q.view(1, len(q), key_heads, -1, size)
+    keys = (x.view(1, -1, key_heads, 1, size).expand(-1, -1, -1, query.shape[3], -1) for x in (k_cache, v_cache))
+    new = _lengths_of(cu_seqlens)
+    # Made anew: what it holds of the tables must not outlive them.
+    bias = Mask.from_seqlens(q_seqlen=new, kv_seqlen=lengths.tolist(), block_tables=tables, page_size=k_cache.shape[1])
+    return memory_efficient_attention_forward(query, *keys, attn_bias=bias).reshape(q.shape)
+
+
 # xformers wants the lengths on the host: they are fetched once for a packing, not in every layer.
 _blocks = WeakTensorKeyDictionary()
 
@@ -58,6 +85,10 @@ def _causal_blocks(cu_seqlens: Tensor) -> Any:
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
     known = _blocks.get(cu_seqlens)
     if known is None or known[0] != version:
-        lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
-        _blocks[cu_seqlens] = known = (version, BlockDiagonalCausalMask.from_seqlens(lengths, device=cu_seqlens.device))
+        mask = BlockDiagonalCausalMask.from_seqlens(_lengths_of(cu_seqlens), device=cu_seqlens.device)
+        _blocks[cu_seqlens] = known = (version, mask)
     return known[1]
+
+
+def _lengths_of(cu_seqlens: Tensor) -> list[int]:
+    return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]

@@ -76,12 +76,35 @@ def test_what_a_library_cannot_do_falls_to_the_next() -> None:
 
 
 @pytest.mark.usefixtures("all_installed")
+def test_what_serves_a_paged_cache() -> None:
+    assert dispatch.available("cuda", "paged_attention") == ("triton", "flash-attn", "xformers", "eager")
+    assert dispatch.available("cpu", "paged_attention") == ("eager",)
+    cases = [
+        ("auto", torch.bfloat16, 128, 16, "triton"),
+        ("auto", torch.float32, 64, 256, "triton"),
+        ("auto", torch.bfloat16, 264, 16, "eager"),
+        ("auto", torch.bfloat16, 128, 8, "eager"),
+        ("auto", torch.bfloat16, 128, 48, "eager"),
+        ("auto", torch.bfloat16, 128, 768, "flash-attn"),
+        ("auto", torch.float64, 64, 16, "eager"),
+        ("flash-attn", torch.float16, 64, 256, "flash-attn"),
+        ("flash-attn", torch.float16, 64, 16, "eager"),
+        ("xformers", torch.float16, 20, 256, "eager"),
+        ("xformers", torch.float32, 64, 256, "eager"),
+        ("eager", torch.bfloat16, 64, 16, "eager"),
+    ]
+    for name, dtype, size, block_size, expected in cases:
+        dispatch.force("paged_attention", name, "cuda")
+        assert dispatch.paged_attention_by("cuda", dtype, size, block_size) == expected
+
+
+@pytest.mark.usefixtures("all_installed")
 def test_the_line_says_what_serves_the_rest() -> None:
     line = dispatch.describe("cuda")
     assert "packed_attention flash-attn," in line
     assert line.endswith("packed_attention float32 triton, packed_attention with prefixes triton")
     dispatch.force("packed_attention", "triton", "cuda")
-    assert dispatch.describe("cuda").endswith("packed_attention triton, paged_attention eager")
+    assert dispatch.describe("cuda").endswith("packed_attention triton, paged_attention triton")
 
 
 @pytest.mark.usefixtures("choices")
