@@ -1,4 +1,4 @@
-"""How a turn is sampled: its settings, and the name of its random numbers.
+"""How tokens are drawn: the settings of a turn, and the name of its random numbers.
 
 The random number of a token is read from a counter, (seed, task, sample, turn, position), so it does not depend on
 what was drawn before it or beside it. ``kernels.sampling`` draws by it.
@@ -6,6 +6,10 @@ what was drawn before it or beside it. ``kernels.sampling`` draws by it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..engine.errors import UserError
 
@@ -53,6 +57,17 @@ class SamplingParams:
             if not good:
                 found = getattr(self, name)
                 raise UserError(f"{name} is {found!r}, expected {expected}; correct the sampling settings")
+
+
+class Draws(NamedTuple):
+    """How the next token of each of N sequences is drawn, in the order of ``kernels.sample_tokens``."""
+
+    keys: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
 
 
 def _mix(x: int) -> int:

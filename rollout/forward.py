@@ -6,7 +6,7 @@ Legend: N sequences, T tokens, H hidden, V vocabulary, Hq query heads, Hkv key/v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,30 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..engine.model import Attention, Model
-from ..kernels.attention import packed_attention, paged_attention
-from ..kernels.cascade import MAX_KV_HEADS, CascadeDecode
+from ..kernels.attention import packed_attention
+from ..kernels.cascade import CascadeDecode
+from ..kernels.decode import DecodePlan
+from ..kernels.dispatch import paged_attention_by
 from ..kernels.linear import linear
 from ..kernels.logprob import grouped_logprob
+from ..kernels.paged_attention import paged_attention
 from ..kernels.rotary import apply_rotary, write_rotated
 from ..kernels.sampling import Drawn, sample_tokens
 from .cache import BlockTables, KVCache
+from .draw import Draws
+from .replay import Replay
 from .scheduler import Chunk
 
 EXACT_ROWS = 64
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [T,Hq,D] and a layer's caches -> [T,Hq,D]."""
-
-
-class Draws(NamedTuple):
-    """How the next token of each of N sequences is drawn, in the order of ``kernels.sample_tokens``."""
-
-    keys: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    temperature: NDArray[np.float32]
-    top_k: NDArray[np.int32]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
 
 
 class _FreshAttention:
@@ -86,7 +80,17 @@ class Forward:
 
     def __init__(self, model: Model, cache: KVCache, tables: BlockTables, *, exact: bool) -> None:
         self._model, self._cache, self._tables, self._exact = model, cache, tables, exact
-        self._device = model.output_weight.device
+        weight, config = model.output_weight, model.config
+        self._device = weight.device
+        sizes = (config.head_size, tables.block_size)
+        form = paged_attention_by(self._device.type, weight.dtype, *sizes)
+        self._replays = form == "triton" and not exact
+        self._cascade = CascadeDecode(tables.block_size, config.num_key_value_heads, config.head_size, self._device)
+        self._replay: Replay | None = None
+
+    def forget(self) -> None:
+        """Weights or cache will move: graphs that were captured with them are dropped."""
+        self._replay = None
 
     def prefill(self, chunks: Sequence[Chunk[Any]]) -> Tensor:
         """Computes the tokens of the chunks, at least one each, and stores their keys and values.
@@ -103,31 +107,54 @@ class Forward:
                 hidden[number] = row
         return torch.stack(hidden)
 
-    def decode(self, ids: Tensor, rows: NDArray[np.int64], draws: Draws) -> Drawn:
+    def decode(self, ids: Tensor, rows: NDArray[np.int64], draws: Draws, *, same_rows: bool) -> Drawn:
         """Computes one token of each row, stores its keys and values, and draws the next.
 
         Args:
             ids: [N] int64, on the model's device; the rows have room for them already.
             rows: [N]; those that share a prompt should be neighbours.
             draws: of the same rows.
+            same_rows: the step before was of the same sequences in the same order.
         """
-        lengths = self._tables.lengths[rows]
-        attend = self._decode_attend(self._tables.view(rows), lengths)
-        attention = self._cached(self._tables.last_slots(rows), attend)
-        hidden = self._hidden(ids, self._tensor(lengths - 1), attention)
-        return self.draw(hidden[: len(rows)], draws)
+        tables, lengths, slots = self._tables.view(rows), self._tables.lengths[rows], self._tables.last_slots(rows)
+        if self._replays:
+            if self._replay is None:
+                self._replay = Replay(self._step, self._make_plan)
+            return self._replay(ids, tables, lengths, slots, draws, same_rows)
+        if self._exact:
+            attend = self._paged_attend(tables, lengths, np.arange(len(rows) + 1, dtype=np.int32), 1)
+        else:
+            self._cascade.set(tables, lengths)
+            attend = self._cascade
+        return self._step(ids, self._tensor(lengths - 1), self._tensor(slots), attend, self._arguments(draws))
 
     def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
         """Draws the token that follows each hidden state [N,H]."""
-        logits = linear(self._padded(hidden), self._model.output_weight)[: len(hidden)]
-        drawn = sample_tokens(logits, *(self._tensor(array) for array in draws))
-        return self._scored(hidden, drawn, draws.temperature) if self._exact else drawn
+        return self._draw(hidden, self._arguments(draws))
 
-    def _scored(self, hidden: Tensor, drawn: Drawn, temperatures: NDArray[np.float32]) -> Drawn:
+    def _make_plan(self, num_rows: int, max_blocks: int) -> DecodePlan:
+        config = self._model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        dtype = self._cache.keys.dtype
+        return DecodePlan(num_rows, max_blocks, self._tables.block_size, heads, config.head_size, dtype, self._device)
+
+    def _step(self, ids: Tensor, positions: Tensor, slots: Tensor, attend: Attend, draws: tuple[Tensor, ...]) -> Drawn:
+        attention = (_ExactAttention if self._exact else _CachedAttention)(self._cache, slots, attend)
+        return self._draw(self._hidden(ids, positions, attention)[: len(ids)], draws)
+
+    def _draw(self, hidden: Tensor, draws: tuple[Tensor, ...]) -> Drawn:
+        logits = linear(self._padded(hidden), self._model.output_weight)[: len(hidden)]
+        drawn = sample_tokens(logits, *draws)
+        return self._scored(hidden, drawn, draws[2]) if self._exact else drawn
+
+    def _arguments(self, draws: Draws) -> tuple[Tensor, ...]:
+        return tuple(self._tensor(array) for array in draws)
+
+    def _scored(self, hidden: Tensor, drawn: Drawn, temperatures: Tensor) -> Drawn:
         """The tokens with the log-probabilities of the trainer's kernel."""
         logprobs = drawn.logprobs.clone()
-        for temperature in np.unique(temperatures).tolist():
-            members = self._tensor(np.flatnonzero(temperatures == temperature))
+        for temperature in temperatures.unique().tolist():
+            members = (temperatures == temperature).nonzero()[:, 0]
             scores, _ = grouped_logprob(
                 self._padded(hidden[members]),
                 self._model.output_weight,
@@ -141,36 +168,27 @@ class Forward:
         """Of chunks that all are the beginnings of their sequences, or all go on behind what is stored."""
         spans = [(chunk.request.row, chunk.start, chunk.stop) for chunk in chunks]
         lengths = [stop - start for _, start, stop in spans]
-        bounds = self._tensor(np.cumsum([0, *lengths], dtype=np.int32))
-        slots = np.concatenate([self._tables.slots(*span) for span in spans])
+        bounds = np.cumsum([0, *lengths], dtype=np.int32)
+        slots = self._tensor(np.concatenate([self._tables.slots(*span) for span in spans]))
+        attention: Attention
         if fresh:
-            attention: Attention = _FreshAttention(self._cache, self._tensor(slots), bounds, max(lengths))
+            attention = _FreshAttention(self._cache, slots, self._tensor(bounds), max(lengths))
         else:
             tables = self._tables.view(np.array([row for row, _, _ in spans]))
             attend = self._paged_attend(tables, np.array([stop for *_, stop in spans]), bounds, max(lengths))
-            attention = self._cached(slots, attend)
+            attention = (_ExactAttention if self._exact else _CachedAttention)(self._cache, slots, attend)
         ids = [token for chunk in chunks for token in chunk.request.token_ids[chunk.start : chunk.stop]]
         positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
         hidden = self._hidden(torch.tensor(ids, device=self._device), self._tensor(positions), attention)
-        return hidden[bounds[1:].long() - 1]
-
-    def _cached(self, slots: NDArray[np.int64], attend: Attend) -> Attention:
-        return (_ExactAttention if self._exact else _CachedAttention)(self._cache, self._tensor(slots), attend)
-
-    def _decode_attend(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> Attend:
-        config = self._model.config
-        if self._device.type == "cpu" and not self._exact and config.num_key_value_heads <= MAX_KV_HEADS:
-            channels = config.num_key_value_heads * config.head_size
-            return CascadeDecode(tables, lengths, self._tables.block_size, channels)
-        bounds = torch.arange(len(tables) + 1, dtype=torch.int32, device=self._device)
-        return self._paged_attend(tables, lengths, bounds, 1)
+        return hidden[self._tensor(bounds[1:].astype(np.int64) - 1)]
 
     def _paged_attend(
-        self, tables: NDArray[np.int32], lengths: NDArray[np.int64], bounds: Tensor, longest: int
+        self, tables: NDArray[np.int32], lengths: NDArray[np.int64], bounds: NDArray[np.int32], longest: int
     ) -> Attend:
         form = paged_attention
-        block_tables, context_lens = self._tensor(tables), self._tensor(lengths.astype(np.int32))
-        return lambda q, keys, values: form(q, keys, values, block_tables, context_lens, bounds, longest)
+        block_tables, cu_seqlens = self._tensor(tables), self._tensor(bounds)
+        context_lens = self._tensor(lengths.astype(np.int32))
+        return lambda q, keys, values: form(q, keys, values, block_tables, context_lens, cu_seqlens, longest)
 
     def _hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         hidden = self._model(self._padded(ids), self._padded(positions), attention)

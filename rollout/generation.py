@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from ..kernels.sampling import Drawn
-from .draw import SamplingParams
-from .forward import Draws
+from .draw import Draws, SamplingParams
 from .scheduler import Request
 from .stop import StopFinder
 

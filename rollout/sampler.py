@@ -98,6 +98,7 @@ class Sampler:
         )
         self._is_behind = self._device.type == "cuda"  # reads the tokens of a step while the next one computes
         self._draft: Draft | None = None
+        self._decoded: list[tuple[int, int]] = []  # the sequences of the last decoding step
         self._requests: dict[int, Generation] = {}
         self._next_id = 0
         self._texts: list[str] = []
@@ -259,6 +260,7 @@ class Sampler:
         """
         self._draft = None  # its tokens will be drawn again
         self._scheduler.flush()
+        self._forward.forget()
         self._cache.free()
 
     def _find(self, request_id: int) -> Generation:
@@ -329,7 +331,11 @@ class Sampler:
         self._prepare(copies)
         # Neighbours whose tables begin alike are the samples of one prompt.
         requests.sort(key=lambda each: int(self._tables.tables[each.row, 0]))
-        drawn = self._forward.decode(self._last_ids(requests), rows_of(requests), draws_of(requests))
+        names = [(request.number, request.stops) for request in requests]
+        drawn = self._forward.decode(
+            self._last_ids(requests), rows_of(requests), draws_of(requests), same_rows=names == self._decoded
+        )
+        self._decoded = names
         self._counts["decode_steps"] += 1
         self._counts["decode_tokens"] += len(requests)
         return Draft(requests, drawn)

@@ -58,11 +58,14 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 def full_logprobs(model: Model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
-    ids = torch.tensor(prompt + completion)
-    bounds = torch.tensor([0, len(ids) - 1], dtype=torch.int32)
+    device = model.output_weight.device
+    ids = torch.tensor(prompt + completion, device=device)
+    bounds = torch.tensor([0, len(ids) - 1], dtype=torch.int32, device=device)
     attention = PackedAttention(bounds, len(ids) - 1)
     with torch.no_grad():
-        logprob, _ = model(ids[:-1], torch.arange(len(ids) - 1), attention, targets=ids[1:], temperature=temperature)
+        logprob, _ = model(
+            ids[:-1], torch.arange(len(ids) - 1, device=device), attention, targets=ids[1:], temperature=temperature
+        )
     return logprob[len(prompt) - 1 :]
 
 

@@ -1,20 +1,15 @@
-"""Attention to a paged cache, prefill and decoding, against a masked softmax in float64 over the same keys laid out flat.
+"""Attention to a paged cache, prefill and decoding, against a masked softmax in float64 over the same keys, flat.
 
 Unused cells of a table name other blocks, and unused places of the cache hold large numbers: what reads them is wrong.
 """
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from interpreter import interpreted
-from numpy.typing import NDArray
 from torch import Tensor
 
-from groupwise.kernels import dispatch, eager, paged_attention, work_list
+from groupwise.kernels import dispatch, paged_attention, work_list
 from groupwise.kernels.cascade import CascadeDecode
 from groupwise.kernels.decode import DecodePlan
 

@@ -1,0 +1,125 @@
+"""Decoding steps in fixed buffers on the device, which CUDA graphs replay: one graph a size of the batch.
+
+A step of a small batch is bound by its launches; a graph makes them one. The host writes what a step needs into the
+buffers from pinned memory and waits for nothing.
+
+Legend: N sequences, B rows of the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.decode import DecodePlan
+from ..kernels.sampling import Drawn
+from .draw import Draws
+
+MIN_BLOCKS = 64
+
+Compute = Callable[[Tensor, Tensor, Tensor, DecodePlan, tuple[Tensor, ...]], Drawn]
+"""Ids, positions and slots [B], attention, and the arguments of ``sample_tokens`` behind the logits."""
+
+
+class Replay:
+    """The steps of one cache with one set of weights: neither may move.
+
+    Args:
+        compute: what a step does on the device.
+        make_plan: attention for up to so many rows of so many blocks.
+    """
+
+    def __init__(self, compute: Compute, make_plan: Callable[[int, int], DecodePlan]) -> None:
+        self._compute, self._make_plan = compute, make_plan
+        self._steps: dict[tuple[int, int], _FixedStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def __call__(
+        self,
+        ids: Tensor,
+        tables: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        draws: Draws,
+        same_rows: bool,
+    ) -> Drawn:
+        """One step of N rows.
+
+        Args:
+            ids: [N] int64 on the device.
+            tables: [N, blocks] block tables.
+            lengths: [N] tokens of each row, the one that is computed included.
+            slots: [N] where that one is stored.
+            draws: how the next ones are drawn.
+            same_rows: the step before was of the same rows in the same order, one token shorter.
+        """
+        size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (tables.shape[1] - 1).bit_length())
+        step = self._steps.get(size)
+        if step is None:
+            step = self._steps[size] = _FixedStep(self._compute, self._make_plan(*size), self._pool)
+            same_rows = False
+        return step(ids, tables, lengths, slots, draws, same_rows)
+
+
+class _FixedStep:
+    """Buffers for up to B rows, and the graph that computes with them."""
+
+    def __init__(self, compute: Compute, plan: DecodePlan, pool: Any) -> None:
+        self._compute, self._plan, self._pool = compute, plan, pool
+        rows, device = len(plan.block_tables), plan.block_tables.device
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        # Positions, slots, keys, places, top_k; a row that is not used is stored nowhere.
+        self._integers = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self._numbers = torch.ones(3, rows, device=device)  # temperature, top_p, min_p
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._drawn: Drawn | None = None
+
+    def __call__(
+        self,
+        ids: Tensor,
+        tables: NDArray[np.int32],
+        lengths: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        draws: Draws,
+        same_rows: bool,
+    ) -> Drawn:
+        count = len(ids)
+        (self._plan.update if same_rows else self._plan.set)(tables, lengths)
+        self._ids[:count].copy_(ids)
+        integers = np.zeros(self._integers.shape, np.int64)
+        integers[1] = -1
+        integers[:, :count] = lengths - 1, slots, draws.keys, draws.positions, draws.top_k
+        numbers = np.ones(self._numbers.shape, np.float32)
+        numbers[:, :count] = draws.temperature, draws.top_p, draws.min_p
+        for buffer, array in ((self._integers, integers), (self._numbers, numbers)):
+            host = torch.from_numpy(array)
+            buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
+        return Drawn(*(x[:count].clone() for x in self._run()))
+
+    def _run(self) -> Drawn:
+        if not self._ids.is_cuda:
+            return self._on_device()
+        if self._graph is None or self._drawn is None:
+            self._on_device()  # compiles kernels, which cannot be captured
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=self._pool):
+                self._drawn = self._on_device()
+        self._graph.replay()
+        return self._drawn
+
+    def _on_device(self) -> Drawn:
+        positions, slots, keys, places, top_k = self._integers
+        temperature, top_p, min_p = self._numbers
+        draws = (keys, places, temperature, top_k.int(), top_p, min_p)
+        return self._compute(self._ids, positions, slots, self._plan, draws)
+
+
+def _rounded(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: two sizes to each doubling."""
+    size = 1 << (count - 1).bit_length()
+    return size * 3 // 4 if size >= 4 and count <= size * 3 // 4 else size
