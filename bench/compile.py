@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, logprob, norm, rotary, segments, swiglu
+from groupwise.kernels import clamped_delta, logprob, norm, rotary, sampling, segments, swiglu
 from groupwise.kernels.tiles import tiles
 
 TARGETS = {
@@ -42,8 +42,10 @@ ELEMENTS = {
     *("q", "k", "cos", "sin", "q_out", "k_out"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
     *("v", "d_q", "d_k", "d_v"),
+    "logits",
 }
 INDICES = {"targets": "i64", "counter": "i32", "bounds": "i32", "prefix": "i32"}
+INDICES |= {"keys": "i64", "positions": "i64", "top_k": "i32", "part_token": "i32", "tokens": "i64"}
 INTEGERS = re.compile("num_.*|column_.*|.*_stride")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
 UNALIGNED = {
@@ -95,6 +97,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _rotary()
     yield from _swiglu()
     yield from _segments(target)
+    yield from _sampling()
 
 
 def _logprob(target: str) -> Iterator[Case]:
@@ -167,6 +170,14 @@ def _segments(target: str) -> Iterator[Case]:
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
             # At 256 the tiles are too small for the instructions of sm_90.
             yield Case(f"attention {name}", kernel, dtype, constants, options, dtype == "bf16" and size <= 128)
+
+
+def _sampling() -> Iterator[Case]:
+    for dtype in ("bf16", "fp32"):
+        slices = {"SLICE": sampling.SLICE}
+        yield Case("sampling slice", sampling._slice_kernel, dtype, slices, {"num_warps": sampling.SLICE_WARPS})
+        rows = {"SLICES": 64, "BLOCK": sampling.BLOCK}
+        yield Case("sampling join", sampling._join_kernel, dtype, rows, {"num_warps": sampling.BLOCK_WARPS})
 
 
 def compiled(case: Case, target: str) -> Any:

@@ -45,7 +45,7 @@ def sample_tokens(
     num_rows, num_vocab = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     results = Drawn(tokens, *torch.empty(2, num_rows, device=logits.device))
-    places = (torch.arange(num_vocab, device=logits.device) * GOLDEN_32).to(torch.int32)
+    places = vocabulary_places(num_vocab, logits.device)
     per_row = (logits, row_words(keys, positions), temperature, top_k, top_p, min_p)
     size = max(1, CHUNK_LOGITS // num_vocab)
     buffers = torch.empty(3, min(size, num_rows), num_vocab, dtype=torch.float32, device=logits.device)
@@ -68,14 +68,15 @@ def _most_likely(logits: Tensor, space: Tensor) -> Drawn:  # [C,V] twice
     tokens = logits.argmax(1)
     chances = torch.softmax(logits.float(), 1, out=space)
     logprobs = chances.gather(1, tokens[:, None])[:, 0].log()
-    return Drawn(tokens, logprobs, torch.zeros_like(logprobs))
+    return Drawn(tokens, logprobs, logprobs - logprobs)  # 0, or NaN as those
 
 
 def _draw(logits: Tensor, settings: list[Tensor], places: Tensor, space: Tensor) -> Drawn:  # [C,V], [C], [V], [3,C,V]
     """Of all tokens that are kept, token v with p_v / E_v the largest: Gumbel-max, without its second logarithm."""
     words, temperature, *truncation = settings
     x, chances, exponential = space
-    _exponentials(words, places, x.view(torch.int32), chances.view(torch.int32), exponential)
+    bits = hashed(words, places, x.view(torch.int32), chances.view(torch.int32)).view(torch.uint32)
+    exponential.copy_(bits).add_(0.5).mul_(-UNIT).log1p_()  # -E_v
     torch.div(logits.float(), temperature[:, None], out=x)
     torch.softmax(x, 1, out=chances)
     kept = chances
@@ -126,15 +127,19 @@ def _shifted(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << 64 - shift) - 1)  # PyTorch's own shift repeats the sign
 
 
-def _exponentials(words: Tensor, places: Tensor, bits: Tensor, spare: Tensor, out: Tensor) -> None:
-    """-E_v = log1p(-u_v) of each row's every v into ``out``; the integers pass through ``bits`` and ``spare``."""
-    torch.bitwise_xor(places, words[:, :1], out=bits)
-    _xorshift(bits, 16, spare)
-    bits.mul_(MIX_32[0]).bitwise_xor_(words[:, 1:])
-    _xorshift(bits, 15, spare)
-    bits.mul_(MIX_32[1])
-    _xorshift(bits, 15, spare)
-    out.copy_(bits.view(torch.uint32)).add_(0.5).mul_(-UNIT).log1p_()
+def vocabulary_places(num_vocab: int, device: torch.device) -> Tensor:  # [V] int32
+    return (torch.arange(num_vocab, device=device) * GOLDEN_32).to(torch.int32)
+
+
+def hashed(words: Tensor, places: Tensor, out: Tensor, spare: Tensor) -> Tensor:  # [C,2], [V], [C,V] twice; int32
+    """The bits h_v of each row; ``places`` are the v times GOLDEN_32, what ``spare`` holds is lost."""
+    torch.bitwise_xor(places, words[:, :1], out=out)
+    _xorshift(out, 16, spare)
+    out.mul_(MIX_32[0]).bitwise_xor_(words[:, 1:])
+    _xorshift(out, 15, spare)
+    out.mul_(MIX_32[1])
+    _xorshift(out, 15, spare)
+    return out
 
 
 def _xorshift(bits: Tensor, shift: int, spare: Tensor) -> None:
