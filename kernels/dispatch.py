@@ -24,9 +24,9 @@ except ImportError:
 # What can serve each operation, the best first; the last serves every device.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
+    "sample_tokens": ("triton", "eager"),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
     "paged_attention": ("eager",),
-    "sample_tokens": ("triton", "eager"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
 # Attention kernels of others, each with the module that has it.

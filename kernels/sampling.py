@@ -46,8 +46,8 @@ def _gumbel(columns, low_word, high_word):  # type: ignore[no-untyped-def]
     bits = (bits ^ (bits >> 15)) * 0x735A2D97
     bits ^= bits >> 15
     u = (bits.to(tl.float32) + 0.5) * 2.3283062977608182e-10  # eager_sampling.UNIT
-    # The hardware's logarithm is wrong by up to 2e-7 near 1: all of E where u is small. There the series serves, wrong by
-    # u^6 / 7 of E, at most 9e-9; elsewhere E is wrong by at most 3e-6 of itself.
+    # The hardware's logarithm is wrong by up to 2e-7 near 1: all of E where u is small. There the series serves, wrong
+    # by u^6 / 7 of E, at most 9e-9; elsewhere E is wrong by at most 3e-6 of itself.
     series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
     return -tl.log(tl.where(u < 0.0625, series, -tl.log(1.0 - u)))
 

@@ -232,11 +232,11 @@ def check_rows_that_are_not_finite(how: Any) -> None:
 
 
 def check_what_is_impossible() -> None:
-    logits = torch.full((20, 300), -torch.inf)
+    logits = torch.full((8, 300), -torch.inf)
     logits[:, 5] = 0.0
-    logits[:, 270] = -0.5
-    for how in (settings(20), settings(20, 1.0, 30, 0.999, 0.001)):
-        drawn = sample_tokens(logits, *streams(20), *how)
+    logits[:, 270] = -0.1
+    for how in (settings(8), settings(8, 1.0, 30, 0.999, 0.001)):
+        drawn = sample_tokens(logits, *streams(8), *how)
         assert drawn.tokens.unique().tolist() == [5, 270]
         assert drawn.logprobs.isfinite().all()
 
