@@ -38,13 +38,17 @@ def _words(key, position):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gumbel(columns, low_word, high_word):  # type: ignore[no-untyped-def]
-    """-log(E_v), E_v = -log(1 - u_v), of the same hash as ``eager_sampling``."""
+def _hashed(columns, low_word, high_word):  # type: ignore[no-untyped-def]
+    """The bits h_v, as ``eager_sampling.hashed``."""
     bits = (columns.to(tl.uint32) * 0x9E3779B9) ^ low_word
-    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD
-    bits ^= high_word
+    bits = ((bits ^ (bits >> 16)) * 0x21F0AAAD) ^ high_word
     bits = (bits ^ (bits >> 15)) * 0x735A2D97
-    bits ^= bits >> 15
+    return bits ^ (bits >> 15)
+
+
+@jit
+def _gumbel(bits):  # type: ignore[no-untyped-def]
+    """-log(E_v), E_v = -log(1 - u_v)."""
     u = (bits.to(tl.float32) + 0.5) * 2.3283062977608182e-10  # eager_sampling.UNIT
     # The hardware's logarithm is wrong by up to 2e-7 near 1: all of E where u is small. There the series serves, wrong
     # by u^6 / 7 of E, at most 9e-9; elsewhere E is wrong by at most 3e-6 of itself.
@@ -82,7 +86,7 @@ def _slice_kernel(  # type: ignore[no-untyped-def]
         score = x
         if heat != 0.0:
             low_word, high_word = _words(tl.load(keys + row), tl.load(positions + row))
-            score += _gumbel(columns, low_word, high_word)
+            score += _gumbel(_hashed(columns, low_word, high_word))
         best, place = tl.max(score, axis=0, return_indices=True)
         tl.store(part_score + program, best)
         tl.store(part_token + program, program % num_slices * SLICE + place)
@@ -193,7 +197,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
             columns = first + tl.arange(0, BLOCK // 2)
             x = tl.div_rn(_block(at, first, num_vocab, BLOCK // 2), divisor)
             mass += tl.where(x >= bound, tl.exp(x - top), 0.0)
-            score = tl.where(x >= bound, x + _gumbel(columns, low_word, high_word), float("-inf"))
+            score = tl.where(x >= bound, x + _gumbel(_hashed(columns, low_word, high_word)), float("-inf"))
             winner = tl.where(score > best, columns, winner)
             best = tl.maximum(score, best)
         kept = tl.sum(mass, axis=0)

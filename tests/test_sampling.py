@@ -1,5 +1,7 @@
 """Drawing tokens: exact probabilities, transformers' warpers, a hash without structure, one definition in two forms."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from interpreter import interpreted
 from torch import Tensor
 
 from groupwise.kernels import Drawn, eager, eager_sampling, implementation, sample_tokens, sampling
+from groupwise.kernels.dispatch import jit, tl
 
 # temperature, top_k, top_p, min_p
 SETTINGS = [
@@ -127,6 +130,12 @@ def test_random_numbers_have_no_structure() -> None:
         check_independent(table[:, lag:], table[:, :-lag], f"v and v + {lag}")
     for lag in (1, 2, 64):
         check_independent(table[lag:], table[:-lag], f"positions {lag} apart")
+    places = eager_sampling.vocabulary_places(4096, torch.device("cpu"))
+    for column in range(2):  # rows of which one of the words is the same
+        words = eager_sampling.row_words(torch.full((256,), KEY), positions)
+        words[:, column] = 1 << 30
+        some = eager_sampling.hashed(words, places, *torch.empty(2, 256, 4096, dtype=torch.int32)).long() & 0xFFFFFFFF
+        check_independent(some[1:], some[:-1], f"word {column} the same")
     for bit in (0, 1, 31, 32, 63):
         other = hashes(torch.full((256,), KEY ^ (1 << bit if bit < 63 else -(1 << 63))), positions, 4096)
         check_independent(table, other, f"keys that differ in bit {bit}")
@@ -243,7 +252,7 @@ def check_what_is_impossible() -> None:
 
 def small_tiles() -> None:
     """So that few columns take several slices and steps."""
-    sampling.SLICE, sampling.BLOCK = 128, 256
+    sampling.SLICE, sampling.BLOCK = 128, 512
 
 
 def check_all(device_type: str = "cpu") -> None:
@@ -295,6 +304,32 @@ def test_triton_draws_what_the_eager_form_draws(num_rows: int, num_vocab: int) -
     interpreted(check_against_eager, num_rows, num_vocab)
 
 
+@jit
+def _numbers_kernel(keys, positions, bits, gumbels, NUM_VOCAB: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    columns = tl.arange(0, NUM_VOCAB)
+    low_word, high_word = sampling._words(tl.load(keys + row), tl.load(positions + row))
+    found = sampling._hashed(columns, low_word, high_word)
+    tl.store(bits + row * NUM_VOCAB + columns, found.to(tl.int32, bitcast=True))
+    tl.store(gumbels + row * NUM_VOCAB + columns, sampling._gumbel(found))
+
+
+def check_numbers(device: str = "cpu") -> None:
+    keys, positions = streams(16)
+    bits = torch.empty(16, 4096, dtype=torch.int32, device=device)
+    gumbels = torch.empty(16, 4096, device=device)
+    _numbers_kernel[(16,)](keys.to(device), positions.to(device), bits, gumbels, NUM_VOCAB=4096)
+    expected = hashes(keys, positions, 4096)
+    assert torch.equal(bits.cpu().long() & 0xFFFFFFFF, expected)
+    u = (expected.float() + 0.5) * eager_sampling.UNIT
+    exact = -(-torch.log1p(-u.double())).log()
+    torch.testing.assert_close(gumbels.cpu().double(), exact, atol=5e-6, rtol=0)
+
+
+def test_triton_has_the_same_random_numbers_to_the_bit() -> None:
+    interpreted(check_numbers)
+
+
 def check_tiles() -> None:
     given = (normal(8, 700), *streams(8), *mixed(8))
     found = []
@@ -334,6 +369,11 @@ def test_errors(place: int, wrong: Tensor, message: str) -> None:
     given[place] = wrong
     with pytest.raises(ValueError, match=message):
         sample_tokens(*given)
+
+
+@pytest.mark.gpu
+def test_random_numbers_on_the_gpu() -> None:
+    check_numbers("cuda")
 
 
 @pytest.mark.gpu
