@@ -79,10 +79,8 @@ def _slice_kernel(  # type: ignore[no-untyped-def]
     largest = tl.max(raw, axis=0)
     tl.store(part_max + program, largest)
     tl.store(part_sum + program, tl.sum(_power(x, tl.div_rn(largest, divisor)), axis=0))
-    kept = tl.load(top_k + row) <= 0
-    kept &= tl.load(top_p + row) >= 1.0
-    kept &= tl.load(min_p + row) <= 0.0
-    if (heat == 0.0) | kept:
+    keeps_all = (tl.load(top_k + row) <= 0) & (tl.load(top_p + row) >= 1.0) & (tl.load(min_p + row) <= 0.0)
+    if (heat == 0.0) | keeps_all:
         score = x
         if heat != 0.0:
             low_word, high_word = _words(tl.load(keys + row), tl.load(positions + row))
@@ -116,12 +114,12 @@ def _block(at, first, num_vocab, BLOCK: tl.constexpr):  # type: ignore[no-untype
 
 
 @jit
-def _mass(at, inverse, top, least, above, num_vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of exp(x - top) over the logits from ``least`` that are above ``above``."""
+def _mass(at, inverse, largest, least, above, num_vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of exp((logit - largest) / temperature) over the logits from ``least`` that are above ``above``."""
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, num_vocab, BLOCK):
         raw = _block(at, first, num_vocab, BLOCK)
-        total += tl.where((raw >= least) & (raw > above), tl.exp(raw * inverse - top), 0.0)
+        total += tl.where((raw >= least) & (raw > above), tl.exp((raw - largest) * inverse), 0.0)
     return tl.sum(total, axis=0)
 
 
@@ -143,14 +141,14 @@ def _kth_largest(at, count, largest, num_vocab, BLOCK: tl.constexpr):  # type: i
 
 
 @jit
-def _nucleus(at, share, inverse, top, least, largest, num_vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _nucleus(at, share, inverse, least, largest, num_vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The least logit such that those above it, from ``least`` on, have less than ``share`` of the mass."""
-    limit = share * _mass(at, inverse, top, least, float("-inf"), num_vocab, BLOCK)
+    limit = share * _mass(at, inverse, largest, least, float("-inf"), num_vocab, BLOCK)
     low = _key(least) - 1
     high = _key(largest)
     while high - 1 > low:
         middle = _middle(low, high)
-        few = _mass(at, inverse, top, least, _number(middle), num_vocab, BLOCK) < limit
+        few = _mass(at, inverse, largest, least, _number(middle), num_vocab, BLOCK) < limit
         high = tl.where(few, middle, high)
         low = tl.where(few, low, middle)
     return _number(high)
@@ -184,7 +182,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         if count > 0:
             least = _kth_largest(at, count, largest, num_vocab, BLOCK)
         if share < 1.0:
-            least = _nucleus(at, share, inverse, top, least, largest, num_vocab, BLOCK)
+            least = _nucleus(at, share, inverse, least, largest, num_vocab, BLOCK)
         bound = tl.div_rn(least, divisor)
         if least_share > 0.0:
             bound = tl.maximum(bound, top + tl.log(least_share))
