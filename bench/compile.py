@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, decode, logprob, norm, pages, prefill, rotary, segments, swiglu
+from groupwise.kernels import clamped_delta, decode, logprob, norm, pages, prefill, rotary, sampling, segments, swiglu
 from groupwise.kernels.tiles import tiles
 
 TARGETS = {
@@ -42,10 +42,11 @@ ELEMENTS = {
     *("q", "k", "cos", "sin", "q_out", "k_out", "k_cache", "v_cache"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
     *("v", "d_q", "d_k", "d_v"),
+    "logits",
 }
 INDICES = {
-    **dict.fromkeys(("targets", "slots"), "i64"),
-    **dict.fromkeys(("counter", "bounds", "prefix"), "i32"),
+    **dict.fromkeys(("targets", "slots", "keys", "positions", "tokens"), "i64"),
+    **dict.fromkeys(("counter", "bounds", "prefix", "top_k", "part_token"), "i32"),
     **dict.fromkeys(("block_tables", "context_lens", "work_count", "items", "pieces"), "i32"),
 }
 INTEGERS = re.compile("num_.*|max_.*|column_.*|.*_stride")
@@ -101,6 +102,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _swiglu()
     yield from _segments(target)
     yield from _pages(target)
+    yield from _sampling()
 
 
 def _logprob(target: str) -> Iterator[Case]:
@@ -196,6 +198,14 @@ def _pages(target: str) -> Iterator[Case]:
     for dtype, size in (("bf16", 128), ("bf16", 256), ("fp32", 96)):
         constants = {"SIZE": size, "WIDTH": triton.next_power_of_2(size), "PIECES": decode.JOINED_PIECES}
         yield Case("paged join", decode.join_kernel, dtype, constants, {"num_warps": 4})
+
+
+def _sampling() -> Iterator[Case]:
+    for dtype in ("bf16", "fp32"):
+        slices = {"SLICE": sampling.SLICE}
+        yield Case("sampling slice", sampling._slice_kernel, dtype, slices, {"num_warps": sampling.SLICE_WARPS})
+        rows = {"SLICES": 64, "BLOCK": sampling.BLOCK}
+        yield Case("sampling join", sampling._join_kernel, dtype, rows, {"num_warps": sampling.BLOCK_WARPS})
 
 
 def compiled(case: Case, target: str) -> Any:

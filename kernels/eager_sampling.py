@@ -6,7 +6,8 @@ in chunks whose buffers stay in the cache, and each pass writes in place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ MIX_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 MIX_32 = (0x21F0AAAD, 0x735A2D97)
 # u = (h + 0.5) * UNIT is below 1 for the largest h too, which rounds to 2^32 in float32.
 UNIT = 2.0**-32 - 2.0**-56
-# Logits of a chunk: its three buffers of 512 KiB share the caches of the threads.
-CHUNK_LOGITS = 1 << 17
+# Logits of a chunk: its three buffers take 1 MiB each. Smaller ones pay for more starts of threads than caches save.
+CHUNK_LOGITS = 1 << 18
 
 
 class Drawn(NamedTuple):
@@ -45,7 +46,7 @@ def sample_tokens(
     num_rows, num_vocab = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     results = Drawn(tokens, *torch.empty(2, num_rows, device=logits.device))
-    places = (torch.arange(num_vocab, device=logits.device) * GOLDEN_32).to(torch.int32)
+    places = vocabulary_places(num_vocab, logits.device)
     per_row = (logits, row_words(keys, positions), temperature, top_k, top_p, min_p)
     size = max(1, CHUNK_LOGITS // num_vocab)
     buffers = torch.empty(3, min(size, num_rows), num_vocab, dtype=torch.float32, device=logits.device)
@@ -65,26 +66,28 @@ def sample_tokens(
 
 
 def _most_likely(logits: Tensor, space: Tensor) -> Drawn:  # [C,V] twice
-    tokens = logits.argmax(1)
-    chances = torch.softmax(logits.float(), 1, out=space)
+    logits = logits.float()
+    tokens = _by_row(np.argmax, logits)
+    chances = torch.softmax(logits, 1, out=space)
     logprobs = chances.gather(1, tokens[:, None])[:, 0].log()
-    return Drawn(tokens, logprobs, torch.zeros_like(logprobs))
+    return Drawn(tokens, logprobs, logprobs - logprobs)  # 0, or NaN as those
 
 
 def _draw(logits: Tensor, settings: list[Tensor], places: Tensor, space: Tensor) -> Drawn:  # [C,V], [C], [V], [3,C,V]
     """Of all tokens that are kept, token v with p_v / E_v the largest: Gumbel-max, without its second logarithm."""
     words, temperature, *truncation = settings
     x, chances, exponential = space
-    _exponentials(words, places, x.view(torch.int32), chances.view(torch.int32), exponential)
+    bits = hashed(words, places, x.view(torch.int32), chances.view(torch.int32)).view(torch.uint32)
+    exponential.copy_(bits).add_(0.5).mul_(-UNIT).log1p_()  # -E_v
     torch.div(logits.float(), temperature[:, None], out=x)
     torch.softmax(x, 1, out=chances)
     kept = chances
     if truncates(*truncation).any():
         x.masked_fill_(x < thresholds(x, *truncation)[:, None], -torch.inf)
         kept = torch.softmax(x, 1, out=x)
-    tokens = torch.div(kept, exponential, out=exponential).argmin(1, keepdim=True)
-    logprobs, sampling_logprobs = (each.gather(1, tokens)[:, 0].log() for each in (chances, kept))
-    return Drawn(tokens[:, 0], logprobs, sampling_logprobs)
+    tokens = _by_row(np.argmin, torch.div(kept, exponential, out=exponential))
+    logprobs, sampling_logprobs = (each.gather(1, tokens[:, None])[:, 0].log() for each in (chances, kept))
+    return Drawn(tokens, logprobs, sampling_logprobs)
 
 
 def truncates(top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -97,8 +100,7 @@ def thresholds(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
     rows = ((top_k > 0) | (top_p < 1)).nonzero()[:, 0]
     if len(rows):
         num_vocab = x.shape[1]
-        # NumPy sorts float32 by vector instructions: 10 times as fast as torch.sort, which keeps the places too.
-        ordered = torch.from_numpy(np.sort(x[rows].cpu().numpy(), axis=1)).to(x.device)
+        ordered = _by_row(np.sort, x[rows])
         count = torch.where(top_k > 0, top_k, num_vocab)[rows].clamp(max=num_vocab)[:, None]
         ordered.masked_fill_(ordered < ordered.gather(1, num_vocab - count.long()), -torch.inf)
         mass = torch.softmax(ordered, 1).cumsum(1, dtype=torch.float64)
@@ -107,6 +109,11 @@ def thresholds(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
         last = torch.searchsorted(mass, rest, right=True).clamp_(max=num_vocab - 1)
         lowest[rows] = torch.maximum(lowest[rows], ordered.gather(1, last)[:, 0])
     return lowest
+
+
+def _by_row(function: Callable[..., Any], x: Tensor) -> Tensor:
+    """NumPy's own over each row: it sorts and finds the largest by vector instructions, where PyTorch does not."""
+    return torch.from_numpy(function(x.cpu().numpy(), axis=1)).to(x.device)
 
 
 def row_words(keys: Tensor, positions: Tensor) -> Tensor:  # [N] int64 twice -> [N,2] int32
@@ -126,15 +133,19 @@ def _shifted(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << 64 - shift) - 1)  # PyTorch's own shift repeats the sign
 
 
-def _exponentials(words: Tensor, places: Tensor, bits: Tensor, spare: Tensor, out: Tensor) -> None:
-    """-E_v = log1p(-u_v) of each row's every v into ``out``; the integers pass through ``bits`` and ``spare``."""
-    torch.bitwise_xor(places, words[:, :1], out=bits)
-    _xorshift(bits, 16, spare)
-    bits.mul_(MIX_32[0]).bitwise_xor_(words[:, 1:])
-    _xorshift(bits, 15, spare)
-    bits.mul_(MIX_32[1])
-    _xorshift(bits, 15, spare)
-    out.copy_(bits.view(torch.uint32)).add_(0.5).mul_(-UNIT).log1p_()
+def vocabulary_places(num_vocab: int, device: torch.device) -> Tensor:  # [V] int32
+    return (torch.arange(num_vocab, device=device) * GOLDEN_32).to(torch.int32)
+
+
+def hashed(words: Tensor, places: Tensor, out: Tensor, spare: Tensor) -> Tensor:  # [C,2], [V], [C,V] twice; int32
+    """The bits h_v of each row; ``places`` are the v times GOLDEN_32, what ``spare`` holds is lost."""
+    torch.bitwise_xor(places, words[:, :1], out=out)
+    _xorshift(out, 16, spare)
+    out.mul_(MIX_32[0]).bitwise_xor_(words[:, 1:])
+    _xorshift(out, 15, spare)
+    out.mul_(MIX_32[1])
+    _xorshift(out, 15, spare)
+    return out
 
 
 def _xorshift(bits: Tensor, shift: int, spare: Tensor) -> None:
