@@ -1,8 +1,9 @@
-"""Decode attention on a CPU: a shared prefix is read once a group, and what all layers have in common is done once.
+"""Decode attention on a CPU: a shared prefix's keys are read once a group, and what layers have in common is done once.
 
 A step of a small model on a CPU is bound by reading keys and values and by the count of operations. Sequences whose
 tables begin with the same blocks (the samples of one prompt) meet the keys there in one product; only what differs is
-gathered for each sequence. Both parts go through one softmax, so nothing is approximated.
+gathered for each sequence. Values are never gathered: a weighted sum of rows that lie anywhere is what an embedding bag
+computes. Nothing is approximated.
 
 Shapes: N sequences, Hq query heads, Hkv key/value heads, D head size, C = Hkv*D, E tokens of a prefix, S behind it.
 """
@@ -21,16 +22,24 @@ GATHER_ELEMENTS = 1 << 19
 MAX_KV_HEADS = 4
 
 
+class _Prefix(NamedTuple):
+    """What groups of a chunk share."""
+
+    blocks: Tensor  # [g, blocks] int64, padded
+    mask: Tensor  # [g, 1, E] float32: 0 where a key counts, -inf where it does not
+    # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
+    place: Tensor | None
+    places: int  # g x m
+
+
 class _Chunk(NamedTuple):
     """Neighbouring rows that are computed together."""
 
     rows: slice
-    prefix: Tensor | None  # [g, blocks] int64: the shared beginning of each group, padded
-    # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
-    place: Tensor | None
-    places: int  # g x m
+    prefix: _Prefix | None
     suffix: Tensor  # [n, blocks] int64: each row's own blocks, padded
-    mask: Tensor  # [n, 1, E+S] float32: 0 where a key counts, -inf where it does not
+    mask: Tensor  # [n, 1, S] as that of a prefix
+    blocks: NDArray[np.int64]  # [n, blocks]: those of the prefix and the row's own, both padded: E+S tokens
 
 
 class CascadeDecode:
@@ -58,6 +67,8 @@ class CascadeDecode:
             rows = slice(start, start + max(1, int(np.searchsorted(blocks, limit, side="right"))))
             self._chunks.append(self._chunk(rows, tables[rows], context_lens[rows], groups[rows], shared[rows]))
             start = rows.stop
+        self._wide: Tensor | None = None  # [N,Hkv,Hq/Hkv,Hkv,D]
+        self._bags: list[tuple[Tensor, Tensor]] = []
 
     def _chunk(
         self,
@@ -68,27 +79,27 @@ class CascadeDecode:
         shared: NDArray[np.int64],
     ) -> _Chunk:
         size, count = self.block_size, len(tables)
-        prefix_blocks = int(shared.max())
-        suffix_blocks = int((-(-lengths // size) - shared).max())
-        columns = np.minimum(shared[:, None] + np.arange(suffix_blocks), tables.shape[1] - 1)
+        blocks = int((-(-lengths // size) - shared).max())
+        columns = np.minimum(shared[:, None] + np.arange(blocks), tables.shape[1] - 1)
         suffix = tables[np.arange(count)[:, None], columns]
-        mask = np.zeros((count, 1, (prefix_blocks + suffix_blocks) * size), np.float32)
-        mask[:, 0, prefix_blocks * size :][
-            np.arange(suffix_blocks * size) >= (lengths - shared * size)[:, None]
-        ] = -np.inf
-        prefix = place = None
-        places = 0
-        if prefix_blocks:
+        mask = _mask(lengths - shared * size, blocks * size)
+        prefix = None
+        both = suffix
+        if shared.any():
+            prefix_blocks = int(shared.max())
             group = groups - groups[0]
             first = np.searchsorted(group, np.arange(group[-1] + 1))  # members of a group are neighbours
             member = np.arange(count) - first[group]
             width = int(member.max()) + 1
-            places = len(first) * width
-            prefix = torch.from_numpy(tables[first, :prefix_blocks])
-            if places != count:
-                place = torch.from_numpy(group * width + member)
-            mask[:, 0, : prefix_blocks * size][np.arange(prefix_blocks * size) >= (shared * size)[:, None]] = -np.inf
-        return _Chunk(rows, prefix, place, places, torch.from_numpy(suffix), torch.from_numpy(mask))
+            place = None if len(first) * width == count else torch.from_numpy(group * width + member)
+            prefix = _Prefix(
+                torch.from_numpy(tables[first, :prefix_blocks]),
+                torch.from_numpy(_mask(shared[first] * size, prefix_blocks * size)),
+                place,
+                len(first) * width,
+            )
+            both = np.concatenate((tables[:, :prefix_blocks], suffix), 1)
+        return _Chunk(rows, prefix, torch.from_numpy(suffix), torch.from_numpy(mask), both)
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Attention of the new tokens in one layer.
@@ -103,13 +114,21 @@ class CascadeDecode:
         """
         (count, heads, size), kv_heads = q.shape, k_cache.shape[2]
         # Queries in a block-diagonal [Hq,C] make all heads one product over the cache as it lies.
-        wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
-        wide.diagonal(dim1=1, dim2=3).copy_((q * size**-0.5).view(count, kv_heads, -1, size).permute(0, 2, 3, 1))
-        wide = wide.view(count, heads, -1)
-        keys, values = k_cache.flatten(1), v_cache.flatten(1)
-        parts = [_attend(wide[chunk.rows], keys, values, chunk) for chunk in self._chunks]
-        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(count, kv_heads, -1, kv_heads, size)
-        return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, heads, size)
+        if self._wide is None:
+            self._wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
+            self._bags = [_bags(chunk.blocks, self.block_size, heads, kv_heads) for chunk in self._chunks]
+        diagonal = self._wide.diagonal(dim1=1, dim2=3)  # what lies beside it stays 0 from layer to layer
+        diagonal.copy_((q * size**-0.5).view(count, kv_heads, -1, size).permute(0, 2, 3, 1))
+        wide, keys, values = self._wide.view(count, heads, -1), k_cache.flatten(1), v_cache.view(-1, size)
+        parts = [
+            _attend(wide[chunk.rows], keys, values, chunk, *bags)
+            for chunk, bags in zip(self._chunks, self._bags, strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(count, heads, size)
+
+
+def _mask(lengths: NDArray[np.int64], width: int) -> NDArray[np.float32]:  # [n] -> [n,1,width]
+    return np.where(np.arange(width) < lengths[:, None, None], np.float32(0), np.float32(-np.inf))
 
 
 def _shared_blocks(tables: NDArray[np.int64], full: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -129,32 +148,34 @@ def _shared_blocks(tables: NDArray[np.int64], full: NDArray[np.int64]) -> tuple[
     return groups, shared[groups]
 
 
-def _gather(cache: Tensor, blocks: Tensor, channels: int) -> Tensor:  # [num_blocks,bs*C], [n,b] -> [n,b*bs,C]
+def _bags(blocks: NDArray[np.int64], block_size: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Rows of [tokens*Hkv,D] that hold the values of each head, [n*Hq*(E+S)], and where each head begins, [n*Hq]."""
+    head = np.arange(heads) // (heads // kv_heads)
+    tokens = blocks[:, None, :, None] * block_size + np.arange(block_size)
+    # int32 halves what every layer reads of them; a cache of 2**31 rows has no place in memory.
+    rows = (tokens * kv_heads + head[:, None, None]).astype(np.int32)
+    starts = np.arange(len(blocks) * heads, dtype=np.int32) * np.int32(blocks.shape[1] * block_size)
+    return torch.from_numpy(rows.reshape(-1)), torch.from_numpy(starts)
+
+
+def _scores(q: Tensor, keys: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:  # q [n,R,C], blocks [n,b] -> [n,R,b*bs]
     # An embedding look-up is the fastest gather of rows on a CPU.
-    return F.embedding(blocks, cache).view(len(blocks), -1, channels)
+    found = F.embedding(blocks, keys).view(len(blocks), -1, q.shape[2])
+    return torch.baddbmm(mask.to(q.dtype), q, found.transpose(1, 2))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:  # q, out: [n,Hq,C]
-    heads, channels = q.shape[1:]
-    scores = torch.bmm(q, _gather(keys, chunk.suffix, channels).transpose(1, 2))  # [n,Hq,S]
-    if chunk.prefix is None:
-        chances = scores.add_(chunk.mask).softmax(2)
-        return torch.bmm(chances, _gather(values, chunk.suffix, channels))
-    groups = len(chunk.prefix)
-    together = q
-    if chunk.place is not None:
-        together = q.new_zeros(chunk.places, heads, channels).index_copy_(0, chunk.place, q)
-    prefix_keys = _gather(keys, chunk.prefix, channels)  # [g,E,C]
-    prefix = torch.bmm(together.view(groups, -1, channels), prefix_keys.transpose(1, 2))
-    prefix = prefix.view(chunk.places, heads, -1)
-    if chunk.place is not None:
-        prefix = prefix.index_select(0, chunk.place)
-    chances = torch.cat((prefix, scores), 2).add_(chunk.mask).softmax(2)  # [n,Hq,E+S]
-    split = prefix.shape[2]
-    out = torch.bmm(chances[:, :, split:], _gather(values, chunk.suffix, channels))
-    head = chances[:, :, :split]
-    if chunk.place is not None:
-        head = head.new_zeros(chunk.places, heads, split).index_copy_(0, chunk.place, head)
-    head = torch.bmm(head.reshape(groups, -1, split), _gather(values, chunk.prefix, channels))
-    head = head.view(chunk.places, heads, channels)
-    return out.add_(head if chunk.place is None else head.index_select(0, chunk.place))
+def _attend(q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk, rows: Tensor, starts: Tensor) -> Tensor:
+    # q [n,Hq,C] -> [n*Hq,D]
+    scores = _scores(q, keys, chunk.suffix, chunk.mask)  # [n,Hq,S]
+    if chunk.prefix is not None:
+        blocks, mask, place, places = chunk.prefix
+        together = q
+        if place is not None:
+            together = q.new_zeros(places, *q.shape[1:]).index_copy_(0, place, q)
+        shared = _scores(together.view(len(blocks), -1, q.shape[2]), keys, blocks, mask)
+        shared = shared.view(places, q.shape[1], -1)
+        if place is not None:
+            shared = shared.index_select(0, place)
+        scores = torch.cat((shared, scores), 2)  # [n,Hq,E+S]
+    chances = scores.softmax(2).view(-1)
+    return F.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=chances)
