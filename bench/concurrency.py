@@ -35,7 +35,7 @@ LEVELS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def measure(shape: tuple[int, ...], args: Any) -> list[common.Row]:
-    model = random_model(shape, args.device)
+    model = random_model(shape[:6], shape[9] + shape[10], args.device)
     samplers = {level: make_sampler(model, shape, concurrency=level) for level in LEVELS}
     new, mark = shape[10], torch.zeros(0, device=args.device)
     prompts = random_prompts(shape, 100)
