@@ -221,7 +221,8 @@ def measure(shape: tuple[int, ...], args: Any) -> common.Row:
     sampler = make_sampler(model, shape)
     references, hf = theirs(model, shape)
     check(ours(sampler), references["dynamic"], hf, shape, TIES[args.device])
-    forms = {name: whole(generate) for name, generate in {"ours": ours(sampler), **references}.items()}
+    generates = {"ours": ours(sampler), **references}
+    forms: dict[str, Callable[..., Any]] = {name: whole(generate) for name, generate in generates.items()}
     mark = torch.zeros(0, device=args.device)
     # No prompt comes twice: what one run leaves behind must not serve the next.
     inputs = [(mark, random_prompts(shape, seed), shape[10]) for seed in range(args.repeats)]
