@@ -32,17 +32,26 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return own
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of a benchmark that times: --device, --repeats, --shapes, --out."""
+def arguments(description: str | None, repeats: tuple[int, int] = (20, 7), plot: str = "") -> argparse.Namespace:
+    """The command line of a benchmark that times: --device, --repeats, --shapes, --out.
+
+    Args:
+        description: the module's docstring.
+        repeats: how often each is timed on a GPU and on a CPU if the command does not say.
+        plot: what --plot draws; without it there is no such option.
+    """
     own = parser(description)
     available = "cuda" if torch.cuda.is_available() else "cpu"
     own.add_argument("--device", default=available, choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    own.add_argument("--repeats", type=int, default=0, help="timed runs of each; default 20 on a GPU, 7 on a CPU")
+    often = f"timed runs of each; default {repeats[0]} on a GPU, {repeats[1]} on a CPU"
+    own.add_argument("--repeats", type=int, default=0, help=often)
     own.add_argument("--shapes", nargs="*", default=None, metavar="SIZExSIZE", help="shapes instead of the default")
+    if plot:
+        own.add_argument("--plot", type=Path, default=None, help=f"also draw {plot} into this file, .png")
     args = own.parse_args()
     if args.device == "cuda" and available == "cpu":
         own.error("--device cuda: PyTorch sees no GPU; use --device cpu")
-    args.repeats = args.repeats or (20 if args.device == "cuda" else 7)
+    args.repeats = args.repeats or repeats[args.device == "cpu"]
     return args
 
 
@@ -70,11 +79,16 @@ def able(contenders: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]) 
     return found
 
 
-def in_turns(contenders: dict[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], repeats: int) -> Row:
-    """Median milliseconds of each contender; each run takes the next of ``inputs``, and the contenders alternate."""
+def in_turns(
+    contenders: dict[str, Callable[..., Any]], inputs: Sequence[tuple[Any, ...]], repeats: int, warm: int = 2
+) -> Row:
+    """Median milliseconds of each contender; each run takes the next of ``inputs``, and the contenders alternate.
+
+    ``warm`` runs of each come first and do not count.
+    """
     device = next(x.device for x in inputs[0] if isinstance(x, Tensor))
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(-2, repeats):
+    for i in range(-warm, repeats):
         for name, run in contenders.items():
             elapsed = _milliseconds(run, inputs[i % len(inputs)], device)
             if i >= 0:

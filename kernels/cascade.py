@@ -1,9 +1,10 @@
-"""Decode attention in PyTorch: a shared prefix is read once a group, and what all layers have in common is done once.
+"""Decode attention in PyTorch: a shared prefix's keys are read once a group, and what layers share is done once.
 
 A step of a small model on a CPU is bound by reading keys and values and by the count of operations. Sequences whose
 tables begin with the same blocks (the samples of one prompt) meet the keys there in one product; only what differs is
-gathered for each sequence. Both parts go through one softmax, so nothing is approximated. A model with many key heads
-takes PyTorch's attention, and each sequence all its own blocks.
+gathered for each sequence. Values are never gathered: a weighted sum of rows that lie anywhere is what an embedding bag
+computes. Nothing is approximated. A model with many key heads takes PyTorch's attention, and each sequence all its own
+blocks.
 
 Shapes: N sequences, Hq query heads, Hkv key/value heads, D head size, C = Hkv*D, E tokens of a prefix, S behind it.
 """
@@ -24,16 +25,25 @@ GATHER_ELEMENTS = 1 << 19
 MAX_KV_HEADS = 4
 
 
+class _Prefix(NamedTuple):
+    """What groups of a chunk share."""
+
+    blocks: Tensor  # [g, blocks] int64, padded
+    mask: Tensor  # [g, 1, E] float32: 0 where a key counts, -inf where it does not
+    # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
+    place: Tensor | None
+    places: int  # g x m
+
+
 class _Chunk(NamedTuple):
     """Neighbouring rows that are computed together."""
 
     rows: slice
-    prefix: Tensor | None  # [g, blocks] int64: the shared beginning of each group, padded
-    # [n] int64: where each row sits among the g x m places of the groups; None where it is the same
-    place: Tensor | None
-    places: int  # g x m
+    prefix: _Prefix | None
     suffix: Tensor  # [n, blocks] int64: each row's own blocks, padded
-    mask: Tensor  # [n, 1, E+S] float32: 0 where a key counts, -inf where it does not
+    mask: Tensor  # [n, 1, S] as that of a prefix
+    values: Tensor  # [n*Hq*(E+S)] int32: rows of [tokens*Hkv,D] that hold the values of each head
+    starts: Tensor  # [n*Hq] int32: where each head begins among them
 
 
 class CascadeDecode:
@@ -41,15 +51,16 @@ class CascadeDecode:
 
     Args:
         block_size: tokens in a block.
-        num_key_heads: Hkv.
+        heads: (Hq, Hkv).
         head_size: D.
         device: where queries and cache are.
     """
 
-    def __init__(self, block_size: int, num_key_heads: int, head_size: int, device: torch.device) -> None:
-        self._block_size, self._num_key_heads, self._head_size = block_size, num_key_heads, head_size
+    def __init__(self, block_size: int, heads: tuple[int, int], head_size: int, device: torch.device) -> None:
+        self._block_size, self._heads, self._head_size = block_size, heads, head_size
         self._device = device
         self._chunks: list[_Chunk] = []
+        self._wide: Tensor | None = None  # [N,Hkv,Hq/Hkv,Hkv,D]
 
     def set(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
         """Plans a step.
@@ -61,20 +72,17 @@ class CascadeDecode:
         """
         wide = tables.astype(np.int64)
         groups, shared = shared_blocks(wide, (lengths - 1) // self._block_size)
-        if self._num_key_heads > MAX_KV_HEADS:
+        if self._heads[1] > MAX_KV_HEADS:
             shared[:] = 0
         used = -(-lengths // self._block_size)
         self._chunks = []
         start = 0
-        limit = max(1, GATHER_ELEMENTS // (self._block_size * self._num_key_heads * self._head_size))  # blocks
+        limit = max(1, GATHER_ELEMENTS // (self._block_size * self._heads[1] * self._head_size))  # blocks
         while start < len(wide):
             blocks = np.maximum.accumulate((used - shared)[start:]) * np.arange(1, len(wide) - start + 1)
             rows = slice(start, start + max(1, int(np.searchsorted(blocks, limit, side="right"))))
             self._chunks.append(self._chunk(rows, wide[rows], lengths[rows], groups[rows], shared[rows]))
             start = rows.stop
-
-    # The same rows some tokens later are a new plan here.
-    update = set
 
     def _chunk(
         self,
@@ -85,27 +93,28 @@ class CascadeDecode:
         shared: NDArray[np.int64],
     ) -> _Chunk:
         size, count = self._block_size, len(tables)
-        prefix_blocks = int(shared.max())
-        suffix_blocks = int((-(-lengths // size) - shared).max())
-        columns = np.minimum(shared[:, None] + np.arange(suffix_blocks), tables.shape[1] - 1)
+        blocks = int((-(-lengths // size) - shared).max())
+        columns = np.minimum(shared[:, None] + np.arange(blocks), tables.shape[1] - 1)
         suffix = tables[np.arange(count)[:, None], columns]
-        mask = np.zeros((count, 1, (prefix_blocks + suffix_blocks) * size), np.float32)
-        mask[:, 0, prefix_blocks * size :][
-            np.arange(suffix_blocks * size) >= (lengths - shared * size)[:, None]
-        ] = -np.inf
-        prefix = place = None
-        places = 0
-        if prefix_blocks:
+        mask = _mask(lengths - shared * size, blocks * size)
+        prefix = None
+        both = suffix if self._heads[1] <= MAX_KV_HEADS else suffix[:0]
+        if shared.any():
+            prefix_blocks = int(shared.max())
             group = groups - groups[0]
             first = np.searchsorted(group, np.arange(group[-1] + 1))  # members of a group are neighbours
             member = np.arange(count) - first[group]
             width = int(member.max()) + 1
-            places = len(first) * width
-            prefix = self._tensor(tables[first, :prefix_blocks])
-            if places != count:
-                place = self._tensor(group * width + member)
-            mask[:, 0, : prefix_blocks * size][np.arange(prefix_blocks * size) >= (shared * size)[:, None]] = -np.inf
-        return _Chunk(rows, prefix, place, places, self._tensor(suffix), self._tensor(mask))
+            place = None if len(first) * width == count else self._tensor(group * width + member)
+            prefix = _Prefix(
+                self._tensor(tables[first, :prefix_blocks]),
+                self._tensor(_mask(shared[first] * size, prefix_blocks * size)),
+                place,
+                len(first) * width,
+            )
+            both = np.concatenate((tables[:, :prefix_blocks], suffix), 1)
+        values, starts = (self._tensor(array) for array in _bags(both, size, *self._heads))
+        return _Chunk(rows, prefix, self._tensor(suffix), self._tensor(mask), values, starts)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -126,50 +135,57 @@ class CascadeDecode:
             parts = [_attend_by_head(q[chunk.rows], k_cache, v_cache, chunk) for chunk in self._chunks]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         # Queries in a block-diagonal [Hq,C] make all heads one product over the cache as it lies.
-        wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
-        wide.diagonal(dim1=1, dim2=3).copy_((q * size**-0.5).view(count, kv_heads, -1, size).permute(0, 2, 3, 1))
-        wide = wide.view(count, heads, -1)
-        keys, values = k_cache.flatten(1), v_cache.flatten(1)
+        if self._wide is None or len(self._wide) != count:
+            self._wide = q.new_zeros(count, kv_heads, heads // kv_heads, kv_heads, size)
+        diagonal = self._wide.diagonal(dim1=1, dim2=3)  # what lies beside it stays 0 from layer to layer
+        diagonal.copy_((q * size**-0.5).view(count, kv_heads, -1, size).permute(0, 2, 3, 1))
+        wide, keys, values = self._wide.view(count, heads, -1), k_cache.flatten(1), v_cache.view(-1, size)
         parts = [_attend(wide[chunk.rows], keys, values, chunk) for chunk in self._chunks]
-        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(count, kv_heads, -1, kv_heads, size)
-        return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(count, heads, size)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(count, heads, size)
 
 
-def _gather(cache: Tensor, blocks: Tensor, channels: int) -> Tensor:  # [num_blocks,bs*C], [n,b] -> [n,b*bs,C]
+def _mask(lengths: NDArray[np.int64], width: int) -> NDArray[np.float32]:  # [n] -> [n,1,width]
+    return np.where(np.arange(width) < lengths[:, None, None], np.float32(0), np.float32(-np.inf))
+
+
+def _bags(
+    blocks: NDArray[np.int64], block_size: int, heads: int, kv_heads: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """``values`` and ``starts`` of a chunk whose rows attend to ``blocks`` [n, blocks]."""
+    head = np.arange(heads) // (heads // kv_heads)
+    tokens = blocks[:, None, :, None] * block_size + np.arange(block_size)
+    # int32 halves what every layer reads of them; a cache of 2**31 rows has no place in memory.
+    rows = (tokens * kv_heads + head[:, None, None]).astype(np.int32)
+    starts = np.arange(len(blocks) * heads, dtype=np.int32) * np.int32(blocks.shape[1] * block_size)
+    return rows.reshape(-1), starts
+
+
+def _scores(q: Tensor, keys: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:  # q [n,R,C], blocks [n,b] -> [n,R,b*bs]
     # An embedding look-up is the fastest gather of rows on a CPU.
-    return F.embedding(blocks, cache).view(len(blocks), -1, channels)
+    found = F.embedding(blocks, keys).view(len(blocks), -1, q.shape[2])
+    return torch.baddbmm(mask.to(q.dtype), q, found.transpose(1, 2))
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:  # q, out: [n,Hq,C]
-    heads, channels = q.shape[1:]
-    scores = torch.bmm(q, _gather(keys, chunk.suffix, channels).transpose(1, 2))  # [n,Hq,S]
-    if chunk.prefix is None:
-        chances = scores.add_(chunk.mask).softmax(2)
-        return torch.bmm(chances, _gather(values, chunk.suffix, channels))
-    groups = len(chunk.prefix)
-    together = q
-    if chunk.place is not None:
-        together = q.new_zeros(chunk.places, heads, channels).index_copy_(0, chunk.place, q)
-    prefix_keys = _gather(keys, chunk.prefix, channels)  # [g,E,C]
-    prefix = torch.bmm(together.view(groups, -1, channels), prefix_keys.transpose(1, 2))
-    prefix = prefix.view(chunk.places, heads, -1)
-    if chunk.place is not None:
-        prefix = prefix.index_select(0, chunk.place)
-    chances = torch.cat((prefix, scores), 2).add_(chunk.mask).softmax(2)  # [n,Hq,E+S]
-    split = prefix.shape[2]
-    out = torch.bmm(chances[:, :, split:], _gather(values, chunk.suffix, channels))
-    head = chances[:, :, :split]
-    if chunk.place is not None:
-        head = head.new_zeros(chunk.places, heads, split).index_copy_(0, chunk.place, head)
-    head = torch.bmm(head.reshape(groups, -1, split), _gather(values, chunk.prefix, channels))
-    head = head.view(chunk.places, heads, channels)
-    return out.add_(head if chunk.place is None else head.index_select(0, chunk.place))
+def _attend(q: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:  # q [n,Hq,C] -> [n*Hq,D]
+    scores = _scores(q, keys, chunk.suffix, chunk.mask)  # [n,Hq,S]
+    if chunk.prefix is not None:
+        blocks, mask, place, places = chunk.prefix
+        together = q
+        if place is not None:
+            together = q.new_zeros(places, *q.shape[1:]).index_copy_(0, place, q)
+        shared = _scores(together.view(len(blocks), -1, q.shape[2]), keys, blocks, mask)
+        shared = shared.view(places, q.shape[1], -1)
+        if place is not None:
+            shared = shared.index_select(0, place)
+        scores = torch.cat((shared, scores), 2)  # [n,Hq,E+S]
+    chances = scores.softmax(2).view(-1)
+    return F.embedding_bag(chunk.values, values, chunk.starts, mode="sum", per_sample_weights=chances)
 
 
 def _attend_by_head(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _Chunk) -> Tensor:  # q, out: [n,Hq,D]
     kv_heads, size = k_cache.shape[2:]
     keys, values = (
-        _gather(x.flatten(1), chunk.suffix, kv_heads * size).unflatten(2, (kv_heads, size)).transpose(1, 2)
+        F.embedding(chunk.suffix, x.flatten(1)).view(len(q), -1, kv_heads, size).transpose(1, 2)
         for x in (k_cache, v_cache)
     )
     mask = chunk.mask[:, None].to(q.dtype)

@@ -25,9 +25,9 @@ except ImportError:
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
     "linear": ("onednn", "torch"),
+    "sample_tokens": ("triton", "eager"),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
     "paged_attention": ("triton", "flash-attn", "xformers", "eager"),
-    "sample_tokens": ("triton", "eager"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
 # Attention kernels of others, each with the module that has it.

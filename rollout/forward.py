@@ -85,7 +85,8 @@ class Forward:
         sizes = (config.head_size, tables.block_size)
         form = paged_attention_by(self._device.type, weight.dtype, *sizes)
         self._replays = form == "triton" and not exact
-        self._cascade = CascadeDecode(tables.block_size, config.num_key_value_heads, config.head_size, self._device)
+        self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._cascade = CascadeDecode(tables.block_size, self._heads, config.head_size, self._device)
         self._replay: Replay | None = None
 
     def forget(self) -> None:
@@ -133,10 +134,8 @@ class Forward:
         return self._draw(hidden, self._arguments(draws))
 
     def _make_plan(self, num_rows: int, max_blocks: int) -> DecodePlan:
-        config = self._model.config
-        heads = (config.num_attention_heads, config.num_key_value_heads)
-        dtype = self._cache.keys.dtype
-        return DecodePlan(num_rows, max_blocks, self._tables.block_size, heads, config.head_size, dtype, self._device)
+        size, dtype = self._model.config.head_size, self._cache.keys.dtype
+        return DecodePlan(num_rows, max_blocks, self._tables.block_size, self._heads, size, dtype, self._device)
 
     def _step(self, ids: Tensor, positions: Tensor, slots: Tensor, attend: Attend, draws: tuple[Tensor, ...]) -> Drawn:
         attention = (_ExactAttention if self._exact else _CachedAttention)(self._cache, slots, attend)

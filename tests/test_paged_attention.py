@@ -121,10 +121,10 @@ def check_decode(kind: str, groups: str, heads: tuple[int, int, int], dtype: tor
         for row in range(count):
             cache.store(row, int(lengths[row]) - (step - (before or 0)), int(lengths[row]))
         used = -(-int(lengths.max()) // BLOCK)
-        if before is None:
-            plan.set(cache.tables[:, :used], lengths)
-        else:
+        if before is not None and isinstance(plan, DecodePlan):
             plan.update(cache.tables[:, :used], lengths)
+        else:
+            plan.set(cache.tables[:, :used], lengths)
         pools = [x.to(device, dtype) for x in cache.caches]
         true = torch.cat([cache.expected(q[row : row + 1], row, int(lengths[row]) - 1) for row in range(count)])
         out = plan(q.to(device, dtype), *pools)
@@ -137,7 +137,7 @@ def make_plan(
 ) -> DecodePlan | CascadeDecode:
     where = torch.device(device)
     if kind == "cascade":
-        return CascadeDecode(BLOCK, cache.key_heads, cache.size, where)
+        return CascadeDecode(BLOCK, (cache.query_heads, cache.key_heads), cache.size, where)
     return DecodePlan(rows, blocks, BLOCK, (cache.query_heads, cache.key_heads), cache.size, dtype, where)
 
 
