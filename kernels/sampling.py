@@ -247,7 +247,7 @@ def sample_tokens(
     top_p: Tensor,
     min_p: Tensor,
 ) -> Drawn:
-    """Draw a token of each row; every setting is a row's own, and on the device, which the host never waits for.
+    """Draw a token of each row. Every setting is a row's own; the host does not wait for a GPU.
 
     With x = logits / temperature a token v is kept if it passes, in the order of transformers' warpers:
 
@@ -258,8 +258,9 @@ def sample_tokens(
 
     The draw is argmax of x_v - log(E_v) over the kept v (Gumbel-max; Maddison, Tarlow and Minka, arXiv 1411.0030), E_v
     = -log(1 - u_v), u_v = (h_v + 0.5) / 2^32, h_v a 32-bit hash of (key, position, v). So a token depends on the key,
-    the position and the row's logits and settings alone: not on the batch, nor on the row's place in it. A token that
-    is less likely than 2^-32 of the most likely one is drawn too seldom or never.
+    the position and the row's logits and settings alone: not on the batch, nor on the row's place in it; and, but
+    where two scores are equal up to rounding, not on which implementation serves. u has 32 bits: what is less likely
+    than about 2^-32 is drawn too seldom or never.
 
     Temperature 0 takes the most likely token, the first of equals; its ``logprobs`` are under softmax(logits), its
     ``sampling_logprobs`` 0. A logit of -inf is never drawn. A row with NaN or +inf, or of -inf alone, has NaN

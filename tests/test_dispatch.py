@@ -19,7 +19,7 @@ def test_eager_serves_a_cpu() -> None:
 
 def test_triton_serves_a_gpu() -> None:
     pytest.importorskip("triton")
-    for op in ("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"):
+    for op in ("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu", "sample_tokens"):
         assert dispatch.implementation("cuda", op) == "triton"
 
 
