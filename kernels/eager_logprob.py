@@ -134,19 +134,6 @@ class _Rows(NamedTuple):
     kept: Any = None
 
 
-class _Tile:
-    """Memory for one tile after another: fresh memory costs a CPU more than the sums that are made in it."""
-
-    def __init__(self, like: Tensor, numel: int) -> None:
-        self._like, self._numel = like, numel
-        self._memory: Tensor | None = None
-
-    def __call__(self, rows: int, columns: int) -> Tensor:
-        if self._memory is None:
-            self._memory = self._like.new_empty(self._numel, dtype=_summed_in(self._like))
-        return self._memory[: rows * columns].view(rows, columns)
-
-
 def _whole(
     hidden: Tensor, weight: Tensor, targets: Tensor, live: Tensor, temperature: float, entropy: bool, kept: Tensor
 ) -> _Sums:
@@ -156,15 +143,16 @@ def _whole(
     entropies = torch.empty_like(chosen) if entropy else None
     weight_up = weight.to(dtype)
     size = min(TILE_ELEMENTS // num_vocab, len(live))
-    tile = _Tile(hidden, size * num_vocab)
     for place, part in _blocks(live, len(targets), size):
         rows = hidden[part].to(dtype)
         logits = product(rows / temperature, weight_up)
-        logprobs = torch.log_softmax(logits, 1, out=kept[place] if kept.numel() else tile(len(rows), num_vocab))
+        logprobs = torch.log_softmax(logits, 1)
+        if kept.numel():
+            kept[place] = logprobs
         chosen[place] = logprobs.gather(1, targets[part, None]).squeeze(1)
         if entropies is not None:
             entropies[place] = -torch.exp(logprobs, out=logits).mul_(logprobs).sum(1)
-        del logits  # while the next ones are made, these must not stay
+        del logits, logprobs  # while the next ones are made, these must not stay
     return _Sums(chosen, entropies, None, kept)
 
 
@@ -187,7 +175,7 @@ def _in_slices(
             new_max = torch.maximum(total_max[place], logits.amax(1))
             moved = total_max[place] - new_max
             shifted = logits.sub_(new_max[:, None])
-            power = _exp(shifted, shifted if dot is None else torch.empty_like(shifted))
+            power = _exp(shifted, shifted if dot is None else None)
             if dot is not None:
                 dot[place] = (dot[place] + total[place] * moved) * moved.exp() + shifted.mul_(power).sum(1)
             total[place] = total[place] * moved.exp() + power.sum(1)
@@ -211,26 +199,25 @@ def _backward(
     # Whole rows that are kept are not made again, so there is no tile to keep near the core: products can be large.
     few = log_sum is None and kept.shape[1]
     size = min((KEPT_ELEMENTS // 2 if few else TILE_ELEMENTS) // width, len(rows))
-    tile = _Tile(hidden, size * width)
     gain = gain / temperature
     tilt = None if tilt is None else tilt / temperature
     for columns in _slices(len(weight)):
         weight_up = weight[columns].to(dtype)
         sums = None  # a dtype of few bits takes the sum when it is complete
+        is_kept = columns.stop <= kept.shape[1]
         for place, part in _blocks(rows, len(targets), size):
             x = hidden[part].to(dtype)
-            if columns.stop <= kept.shape[1]:
-                logprobs, d_logits = kept[place, columns], tile(len(x), len(weight_up))
+            if is_kept:
+                logprobs = kept[place, columns]
             elif log_sum is None:
-                logits = product(x / temperature, weight_up)
-                logprobs = d_logits = torch.log_softmax(logits, 1, out=tile(len(x), len(weight_up)))
-                del logits
+                logprobs = torch.log_softmax(product(x / temperature, weight_up), 1)
             else:
-                logprobs = d_logits = product(x / temperature, weight_up).sub_(log_sum[place, None])
+                logprobs = product(x / temperature, weight_up).sub_(log_sum[place, None])
             slope = gain[place, None]
             if tilt is not None and entropies is not None:
                 slope = slope + tilt[place, None] * (logprobs + entropies[place, None])
-            d_logits = torch.exp(logprobs, out=d_logits) if log_sum is None else _exp(logprobs, d_logits)
+            out = None if is_kept else logprobs
+            d_logits = torch.exp(logprobs, out=out) if log_sum is None else _exp(logprobs, out)
             d_logits.mul_(-slope)
             column, inside = _targets_in(columns, targets[part, None])
             d_logits.scatter_add_(1, column, gain[place, None].where(inside, 0.0))
@@ -240,7 +227,7 @@ def _backward(
                 d_part = transposed_product(d_logits, x)
                 sums = d_part if sums is None else sums.add_(d_part)
                 del d_part
-            del logprobs, d_logits, slope  # while the next ones are made, these must not stay
+            del logprobs, d_logits, out, slope  # while the next ones are made, these must not stay
         if d_weight is not None and sums is not None:
             d_weight[columns].add_(sums.contiguous())
         del weight_up, sums
@@ -279,6 +266,6 @@ def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
     return column.clamp(0, last), (column >= 0) & (column <= last)
 
 
-def _exp(x: Tensor, out: Tensor) -> Tensor:
+def _exp(x: Tensor, out: Tensor | None) -> Tensor:
     """e to the x by way of exp2, which takes PyTorch a third of the time on a CPU."""
     return torch.mul(x, LOG2_E, out=out).exp2_()
