@@ -87,7 +87,7 @@ def draw(rows: list[common.Row], device: str, file: Path) -> None:
 
 
 def main() -> None:
-    args = common.arguments(__doc__, repeats=(1, 1), plot="memory and speed over concurrency")
+    args = common.arguments(__doc__, repeats=(1, 3), plot="memory and speed over concurrency")
     defaults = [shape for shape in GPU_SHAPES if shape[6:8] == (64, 1)][:1] if args.device == "cuda" else CPU_SHAPES
     rows = [row for shape in common.parse_shapes(args.shapes, defaults) for row in measure(shape, args)]
     common.report("concurrency", rows, args)

@@ -21,7 +21,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from ..kernels import eager_logprob, logprob
+from ..kernels import eager_logprob, eager_sampling, logprob
 from ..kernels.dispatch import implementation
 from .config import Config, ModelConfig
 from .mesh import Mesh
@@ -288,7 +288,8 @@ class _Rank:
         queries = model.num_attention_heads * model.head_size
         keys = model.num_key_value_heads * model.head_size
         swiglu = c * (2 * model.hidden_size + 2 * model.intermediate_size)  # stream, normalised; gate or product, up
-        attention = c * (2 * model.hidden_size + 5 * queries + 4 * keys)  # q, k, v, padded, repeated; output
+        turned = 0 if self.cuda else queries + keys  # beside those as projected
+        attention = c * (2 * model.hidden_size + 5 * queries + 4 * keys + turned)  # q, k, v, padded, repeated; output
         if model.model_type == "qwen3":  # heads before and after their norm; on a CPU in float32 too, normalised alone
             norm = 2 * c if self.cuda else c + (4 if c == 4 else 8) + 4
             attention = max(attention, c * 2 * model.hidden_size + norm * queries)
@@ -357,15 +358,21 @@ class _Rank:
         sequences = max(sampled, EVALUATED_TASKS * evaluate.num_samples)
         sequences = min(sequences, settings.concurrency or sequences)
         tokens = min(max(PREFILL_TOKENS, settings.max_trajectory_tokens), sequences * settings.max_trajectory_tokens)
-        # Logits, log-probabilities, chances, their float64 sums and a copy that is summed; their order and sums before.
-        a_logit = 28 if settings.top_p == evaluate.top_p == 1 else 44
         whole = {
             "KV blocks": int(float(settings.kv_memory) * 2**30),
             "gather buffers": self.gathered(self.model.num_hidden_layers),
         }
         prefill = {"activations": self.forward_work(tokens)}
-        draw = {"logits chunk": a_logit * sequences * self.model.vocab_size}
+        draw = {"logits chunk": self.draw(sequences, truncates=min(settings.top_p, evaluate.top_p) < 1)}
         return [self.held | whole | prefill, self.held | whole | draw]
+
+    def draw(self, sequences: int, *, truncates: bool) -> int:
+        """Logits, and on a CPU the chunk of them that is drawn from: three copies, and where it truncates sums."""
+        logits = sequences * self.model.vocab_size
+        if self.cuda:
+            return self.c * logits
+        chunk = min(logits, max(eager_sampling.CHUNK_LOGITS, self.model.vocab_size))
+        return self.c * logits + (33 if truncates else 12) * chunk + 12 * self.model.vocab_size
 
     def logprobs(self) -> list[Items]:
         """A forward pass without a graph: of the reference, or of the policy where there is none."""
