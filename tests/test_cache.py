@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from groupwise.engine.config import ModelConfig
-from groupwise.rollout.cache import BlockTables, KVCache, OutOfBlocks
+from groupwise.rollout.cache import BlockTables, KVCache, OutOfBlocks, add_names
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 24, 4, 9
 
 
 class Tables(RuleBasedStateMachine):
-    """Each token written has a unique name; a row must always read back exactly the names that it is owed."""
+    """Each token written has a unique number; a row must always read back exactly the numbers that it is owed.
+
+    Rows name their full blocks by these numbers, so a row may find what another one wrote, while it is stored.
+    """
 
     rows = Bundle("rows")
 
@@ -23,6 +26,7 @@ class Tables(RuleBasedStateMachine):
         self.tables = BlockTables(NUM_BLOCKS, BLOCK_SIZE, MAX_BLOCKS)
         self.memory = np.full(NUM_BLOCKS * BLOCK_SIZE, -1)
         self.owed: dict[int, list[int]] = {}
+        self.seen: list[list[int]] = []  # beginnings that were named
         self.written = 0
 
     def write(self, copies: list[tuple[int, int]], slots: dict[int, np.ndarray]) -> None:
@@ -92,6 +96,39 @@ class Tables(RuleBasedStateMachine):
         self.owed[twin] = self.owed[row][:length]
         return twin
 
+    @rule(row=rows, share=st.floats(0, 1))
+    def name(self, row: int, share: float) -> None:
+        if self.live(row):
+            names: list[bytes] = []
+            add_names(names, self.owed[row], BLOCK_SIZE)
+            first = round(share * len(names))
+            self.tables.name(row, first, names[first:])
+            self.seen.append(list(self.owed[row]))
+
+    @rule(target=rows, which=st.integers(0, 99), other=st.lists(st.integers(-9, -1), max_size=6))
+    def adopt(self, which: int, other: list[int]) -> int:
+        """Begins with what was named once, stored or not by now, and goes on with something else."""
+        sought = [*(self.seen[which % len(self.seen)] if self.seen else []), *other]
+        names: list[bytes] = []
+        add_names(names, sought, BLOCK_SIZE)
+        count, idle = self.tables.stored(names)
+        free = self.tables.free_blocks
+        row = self.tables.adopt(names)
+        assert row not in self.owed
+        self.owed[row] = sought[: count * BLOCK_SIZE]
+        assert self.tables.lengths[row] == count * BLOCK_SIZE
+        assert self.tables.free_blocks == free - idle
+        return row
+
+    @rule()
+    def forget_names(self) -> None:
+        self.tables.forget_names()
+        for sought in self.seen:
+            names: list[bytes] = []
+            add_names(names, sought, BLOCK_SIZE)
+            assert self.tables.stored(names) == (0, 0)
+        self.seen.clear()
+
     @rule(row=consumes(rows))
     def close(self, row: int) -> None:
         if self.live(row):
@@ -105,6 +142,7 @@ class Tables(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match="closed"):
                 self.tables.view(np.array([row]))
         self.owed.clear()
+        self.forget_names()
 
     @invariant()
     def counts_are_exact(self) -> None:
@@ -144,20 +182,32 @@ def test_kv_writes_and_copies_land_in_their_blocks():
     config = ModelConfig(num_hidden_layers=2)
     cache = KVCache(config, 6, 4, torch.device("cpu"), torch.float32)
     assert cache.keys.nbytes + cache.values.nbytes == 6 * KVCache.block_bytes(config, 4, torch.float32)
-    cache.prepare(5)
+    cache.prepare(5, [], [])
     k, v = torch.randn(5, 2, 32), torch.randn(5, 2, 32)
     slots = torch.tensor([8, 9, 10, 11, 20])
     cache.write(1, slots[:4], k[:4], v[:4])
-    cache.prepare(6)
+    cache.prepare(6, [], [])
     cache.write(1, slots[4:], k[4:], v[4:])
     assert torch.equal(cache.keys[1, 2], k[:4])
     assert torch.equal(cache.values[1, 5, 0], v[4])
     assert not cache.keys[0].any()
-    cache.copy([(2, 0), (5, 3)])
+    cache.prepare(6, [0, 3], [(2, 0), (5, 3)])
     assert torch.equal(cache.keys[1, 0], k[:4])
     assert torch.equal(cache.values[1, 3], cache.values[1, 5])
     assert torch.equal(cache.keys[1, 2], k[:4])
+    saved = cache.save(np.array([2, 5], np.int32))
+    cache.load(np.array([4, 1], np.int32), saved)
+    assert torch.equal(cache.keys[:, [4, 1]], cache.keys[:, [2, 5]])
+    assert torch.equal(cache.values[:, [4, 1]], cache.values[:, [2, 5]])
+    # Once something is not finite, blocks are zeroed as they are taken, but for what is copied into them.
+    cache.distrust()
+    cache.keys[:, 2] = torch.nan
+    taken = [2, 3]
+    cache.prepare(6, taken, [(4, 3)])
+    assert not taken
+    assert not cache.keys[:, 2].any()
+    assert torch.equal(cache.keys[1, 3], k[:4])
     cache.free()
-    cache.prepare(6)
+    cache.prepare(6, [], [])
     assert not cache.keys.any()
     assert not cache.values.any()

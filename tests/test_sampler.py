@@ -1,6 +1,7 @@
 """The sampler against transformers, against a full forward pass, and in what it promises of memory and errors."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from sampled import CONFIG, Letters, drain, full_logprobs, prompts, random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from groupwise.engine.errors import UserError
+from groupwise.engine.metrics import free_memory
 from groupwise.engine.model import Model
+from groupwise.rollout.cache import KVCache
 from groupwise.rollout.sampler import Sampler, SamplingParams
 
 
@@ -212,10 +215,84 @@ def test_bad_settings_are_refused(model):
             Sampler(model, Letters(), **settings)
 
 
-def test_logits_that_are_not_finite_name_the_request(model):
-    broken = Model(CONFIG)
+def test_a_request_without_finite_numbers_fails_alone():
+    model, broken = (random_model(replace(CONFIG, tie_word_embeddings=False)) for _ in range(2))
     with torch.no_grad():
-        broken.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    (done,) = sampler(broken).generate(prompts(4), SamplingParams(max_tokens=3))
-    assert done.finish_reason == "error"
-    assert "request 0" in done.error
+        broken.model.embed_tokens.weight[77] = torch.nan
+    params = SamplingParams(max_tokens=12, stop_ids=(77,), seed=1)
+    many = [[30 + i, 31, *([77] if i == 1 else [32]), 33, 34] for i in range(4)]
+    engine = sampler(broken, blocks=12, concurrency=3)  # short: what is freed is used again
+    done = engine.generate(many, params)
+    assert [each.finish_reason == "error" for each in done] == [False, True, False, False]
+    assert done[1].error.startswith("request 1 got no finite log-probability at token 5")
+    assert done[1].token_ids == []
+    assert tokens([done[0], done[2], done[3]]) == [
+        tokens(sampler(model).generate(many[: i + 1], params))[i] for i in (0, 2, 3)
+    ]
+    # Nor does another find what the failed one stored.
+    assert engine.generate([many[0]], params)[0].token_ids == done[0].token_ids
+
+
+def test_stop_ids_and_turns_end(model):
+    free = sampler(model).generate(prompts(9), SamplingParams(max_tokens=30, seed=2))[0]
+    stop = free.token_ids[11]
+    (done,) = sampler(model).generate(prompts(9), SamplingParams(max_tokens=30, seed=2, stop_ids=(stop, 88)))
+    assert done.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert (free.finish_reason, done.finish_reason) == ("length", "stop")
+    with pytest.raises(UserError, match="stop id 89"):
+        sampler(model).generate(prompts(9), SamplingParams(stop_ids=(89,)))
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"temperature": 0.6}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.8}]
+)
+def test_frequencies_and_both_log_probabilities_are_the_distributions(model, limits):
+    draws, prompt = 4000, prompts(12)[0]
+    params = SamplingParams(max_tokens=1, seed=5, **limits)
+    done = sampler(model).generate([prompt] * draws, params)
+    temperature = limits.get("temperature", 1.0)
+    scores = torch.stack([full_logprobs(model, prompt, [token], temperature)[0] for token in range(89)]).double()
+    kept = kept_tokens(scores.exp(), limits)
+    exact = torch.where(kept, scores.exp(), 0.0) / scores.exp()[kept].sum()
+    counts = torch.bincount(torch.tensor([each.token_ids[0] for each in done]), minlength=89).double()
+    assert not counts[~kept].any()
+    usual = exact * draws > 5
+    rest = 1 - exact[usual].sum()
+    expected = torch.cat((exact[usual], rest[None])) * draws + 1e-9
+    seen = torch.cat((counts[usual], counts[~usual].sum()[None]))
+    chi_square, freedom = ((seen - expected) ** 2 / expected.clamp(min=1)).sum(), len(seen) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    for each in done[:50]:
+        token = each.token_ids[0]
+        assert abs(each.logprobs[0] - scores[token]) < 1e-5
+        assert abs(each.sampling_logprobs[0] - exact[token].log()) < 1e-5
+
+
+def kept_tokens(chances: torch.Tensor, limits: dict) -> torch.Tensor:
+    """By sorting, as transformers does."""
+    order = chances.argsort(descending=True)[: limits.get("top_k")]
+    mass = chances[order].cumsum(0) / chances[order].sum()
+    order = order[torch.cat((torch.zeros(1, dtype=torch.float64), mass[:-1])) < limits.get("top_p", 1.0) + 1e-12]
+    kept = torch.zeros(len(chances), dtype=torch.bool)
+    kept[order] = True
+    return kept & (chances >= limits.get("min_p", 0.0) * chances.max())
+
+
+def test_metrics_are_of_the_time_since_they_were_asked(model):
+    engine = sampler(model)
+    engine.generate([prompts(18)[0]] * 4, SamplingParams(max_tokens=5, seed=1))
+    found = engine.metrics()
+    assert found["sampling/prefix_hit_rate"] == 3 / 4
+    assert found["sampling/kv_peak_share"] == engine.stats["peak_blocks"] / engine.stats["num_blocks"]
+    assert found["sampling/tokens_per_s"] > 0
+    assert engine.metrics()["sampling/tokens_per_s"] == 0
+
+
+def test_memory_may_be_a_share_of_the_device(model):
+    engine = Sampler(model, Letters(), kv_memory="0.05%")
+    gib = free_memory(torch.device("cpu")) / 2**30
+    block = KVCache.block_bytes(CONFIG, 16, torch.float32)
+    assert 0.8 < engine.stats["num_blocks"] * block / (0.0005 * gib * 2**30) < 1.25
+    for wrong in ("half", "0%", "120%", -1.0, "nan"):
+        with pytest.raises(UserError, match="kv_memory"):
+            Sampler(model, Letters(), kv_memory=wrong)
