@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import eager, libraries
-from .dispatch import packed_attention_by
+from .dispatch import exact_serves_paged, packed_attention_by
+from .exact_attention import exact_packed_attention, exact_paged_attention
 from .segments import SegmentAttention
 
 LIBRARIES = {"flash-attn": libraries.flash_attn, "varlen": libraries.varlen, "xformers": libraries.xformers}
@@ -49,6 +50,8 @@ def packed_attention(
     served_by = packed_attention_by(q.device.type, q.dtype, q.shape[2], prefix is not None)
     if served_by == "sdpa" or q.shape[0] == 0:
         return eager.packed_attention(q, k, v, cu_seqlens, max_seqlen, prefix)
+    if served_by == "exact":
+        return exact_packed_attention(q, k, v, cu_seqlens, max_seqlen, prefix)
     q, k, v, cu_seqlens = (x.contiguous() for x in (q, k, v, cu_seqlens))
     if served_by == "triton":
         return SegmentAttention.apply(q, k, v, cu_seqlens, max_seqlen, None if prefix is None else prefix.contiguous())
@@ -104,7 +107,8 @@ def paged_attention(
             f"paged_attention: block_tables, context_lens and cu_seqlens_q have {len(block_tables)}, "
             f"{len(context_lens)} and {len(cu_seqlens_q)} rows; expected N, N and N+1"
         )
-    return eager.paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, max_seqlen_q)
+    paged = exact_paged_attention if exact_serves_paged(q) else eager.paged_attention
+    return paged(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, max_seqlen_q)
 
 
 def _shape(tensor: Tensor) -> str:
