@@ -1,4 +1,4 @@
-"""Packed batches: examples laid end to end without padding, every tensor aligned to the index that predicts.
+"""Packed batches: examples laid end to end, every tensor aligned to the index that predicts.
 
 Index t of a batch predicts the token at t + 1 of the same segment. So ``targets``, ``weight``, ``advantage`` and every
 log-probability at t speak of token t + 1, and the last index of a segment predicts nothing: target -100, weight 0.
@@ -22,6 +22,10 @@ from torch import Tensor
 from .errors import UserError
 
 IGNORE = -100  # the target that has no loss, as in PyTorch's cross-entropy
+
+
+EXACT_ROWS = 64
+"""Multiple of the rows that are computed together where trainer and sampler must agree to the bit."""
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Example:
 
 @dataclass
 class Batch:
-    """One micro-batch: N segments end to end, T tokens, no padding.
+    """One micro-batch: N segments end to end, T tokens.
 
     Args:
         input_ids: [T] int64.
@@ -67,8 +71,8 @@ class Batch:
         weight: [T] float32, weight of the loss of the target.
         advantage: [T] float32.
         rollout_logprob: [T] float32, the sampler's log-probability of the target, 0 where there is none.
-        sequence_ids: [T] int64, index of the example in the list that was packed, -1 for a shared prompt and in an
-            empty batch.
+        sequence_ids: [T] int64, index of the example in the list that was packed, -1 for a shared prompt, for padding
+            and in an empty batch.
         expert: [T] bool, the target's loss is the likelihood (SFT).
         old_logprob: [T] float32, the trainer's own before the update; None until it is computed.
         ref_logprob: [T] float32, the reference's; None where no reference is used.
@@ -108,7 +112,9 @@ class _Part:
     tokens: int
 
 
-def pack(examples: Sequence[Example], tokens_per_microbatch: int, device: torch.device | str = "cpu") -> list[Batch]:
+def pack(
+    examples: Sequence[Example], tokens_per_microbatch: int, device: torch.device | str = "cpu", multiple: int = 1
+) -> list[Batch]:
     """Lay examples end to end in as few micro-batches as first-fit decreasing finds, of nearly equal size.
 
     An example is never split. Examples of one group lie together, as far as the budget allows, and share what they
@@ -116,8 +122,9 @@ def pack(examples: Sequence[Example], tokens_per_microbatch: int, device: torch.
 
     Args:
         examples: sequences of any lengths; an empty list gives no batch.
-        tokens_per_microbatch: the most tokens in one batch.
+        tokens_per_microbatch: the most tokens of examples in one batch.
         device: where the tensors go.
+        multiple: a last segment of padding, which bears no loss, makes the tokens of each batch a multiple of this.
 
     Raises:
         UserError: an example is empty, longer than the budget, or its lists do not agree.
@@ -126,14 +133,13 @@ def pack(examples: Sequence[Example], tokens_per_microbatch: int, device: torch.
         _check(index, example, tokens_per_microbatch)
     parts = [part for group in _groups(examples) for part in _split(examples, group, tokens_per_microbatch)]
     lengths = [part.tokens for part in parts]
-    return [
-        _lay(examples, [parts[i] for i in bin], torch.device(device)) for bin in _bins(lengths, tokens_per_microbatch)
-    ]
+    bins = _bins(lengths, tokens_per_microbatch)
+    return [_lay(examples, [parts[i] for i in bin], torch.device(device), multiple) for bin in bins]
 
 
 def empty_batch(device: torch.device | str = "cpu") -> Batch:
     """A batch of one token and no loss, for a rank that has nothing left but must take part in every collective."""
-    batch = _lay([Example(token_ids=[0], loss_mask=[0.0])], [_Part([0], 0, 1)], torch.device(device))
+    batch = _lay([Example(token_ids=[0], loss_mask=[0.0])], [_Part([0], 0, 1)], torch.device(device), 1)
     batch.sequence_ids.fill_(-1)
     return batch
 
@@ -235,7 +241,7 @@ def _longest_first(lengths: list[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
-def _lay(examples: Sequence[Example], parts: Sequence[_Part], device: torch.device) -> Batch:
+def _lay(examples: Sequence[Example], parts: Sequence[_Part], device: torch.device, multiple: int) -> Batch:
     segments: list[tuple[int, int, int, int]] = []  # example, its first and last token here, the prompt's segment
     for part in sorted(parts, key=lambda part: part.members[0]):
         home = -1
@@ -243,6 +249,10 @@ def _lay(examples: Sequence[Example], parts: Sequence[_Part], device: torch.devi
             home = len(segments)
             segments.append((part.members[0], 0, part.shared, -1))
         segments += [(index, part.shared, len(examples[index]), home) for index in part.members]
+    filler = -sum(stop - first for _, first, stop, _ in segments) % multiple
+    if filler:
+        examples = [*examples, Example(token_ids=[0] * (filler + 1), loss_mask=[])]  # a prompt that nothing follows
+        segments.append((len(examples) - 1, 0, filler, -1))
     lengths = [stop - first for _, first, stop, _ in segments]
     bounds = [0, *itertools.accumulate(lengths)]
     total = bounds[-1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import eager, libraries
 from .checks import check_heads, check_index, shape_of
 from .dispatch import packed_attention_by
+from .exact_attention import exact_packed_attention
 from .segments import SegmentAttention
 
 LIBRARIES = {"flash-attn": libraries.flash_attn, "varlen": libraries.varlen, "xformers": libraries.xformers}
@@ -49,6 +50,8 @@ def packed_attention(
     served_by = packed_attention_by(q.device.type, q.dtype, q.shape[2], prefix is not None)
     if served_by == "sdpa" or q.shape[0] == 0:
         return eager.packed_attention(q, k, v, cu_seqlens, max_seqlen, prefix)
+    if served_by == "exact":
+        return exact_packed_attention(q, k, v, cu_seqlens, max_seqlen, prefix)
     q, k, v, cu_seqlens = (x.contiguous() for x in (q, k, v, cu_seqlens))
     if served_by == "triton":
         return SegmentAttention.apply(q, k, v, cu_seqlens, max_seqlen, None if prefix is None else prefix.contiguous())

@@ -21,12 +21,12 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = None
 
-# What can serve each operation, the best first; the last serves every device.
+# What can serve each operation, the best first; the last serves every device. "exact" must be asked for.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
     "linear": ("onednn", "torch"),
     "sample_tokens": ("triton", "eager"),
-    "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa"),
+    "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa", "exact"),
     "paged_attention": ("triton", "flash-attn", "xformers", "eager"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
@@ -93,7 +93,10 @@ def packed_attention_by(device_type: str, dtype: torch.dtype, head_size: int, sh
     half = dtype in (torch.float16, torch.bfloat16)
     can = dict.fromkeys(LIBRARIES, half and not shared and head_size <= MAX_HEAD_SIZE and head_size % 8 == 0)
     can |= {"triton": _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE, "sdpa": True}
-    return next(name for name in names[names.index(implementation(device_type, "packed_attention")) :] if can[name])
+    asked = implementation(device_type, "packed_attention")
+    if asked == "exact":
+        return "exact" if dtype == torch.float32 else "sdpa"
+    return next(name for name in names[names.index(asked) :] if can[name])
 
 
 def paged_attention_by(device_type: str, dtype: torch.dtype, head_size: int, block_size: int) -> str:
@@ -153,7 +156,7 @@ def _default_device() -> str:
 def _runs_on(device_type: str, name: str) -> bool:
     if name == "triton":
         return device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    if name == "onednn":
+    if name in ("onednn", "exact"):
         return device_type == "cpu"
     if name == "varlen":
         return device_type == "cuda" and torch.version.hip is None

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..data.trajectories import Expert
-from ..engine.batch import Batch, Example, pack
+from ..engine.batch import EXACT_ROWS, Batch, Example, pack
+from ..engine.errors import UserError
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
 from ..engine.planner import PHASES
@@ -84,6 +85,11 @@ def grpo(run: Run) -> Path:
             with timer("update"):
                 update = training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
             record = measure(run, groups, update, timer) | rollouts.metrics()
+            if run.config.rollout.exact and record.get("sampling/logp_difference_max"):
+                raise UserError(
+                    f"rollout.exact: trainer and sampler differ by {record['sampling/logp_difference_max']:g}, expected "
+                    "0; this machine's libraries sum a row otherwise in other company, go on without it"
+                )
             training.metrics.log(step, {**record, "gamma": gamma(step)})
     save_policy(run, policy, folder / "model")
     return folder / "model"
@@ -124,7 +130,8 @@ def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -
         max_completion_tokens=run.config.rollout.max_trajectory_tokens,
     )
     examples = [example for example in examples if example.loss_tokens]  # the others only counted as sequences
-    return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device), run.mesh)
+    multiple = EXACT_ROWS if run.config.rollout.exact else 1
+    return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device, multiple), run.mesh)
 
 
 def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:

@@ -166,10 +166,13 @@ def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[s
 
 
 def _choose_attention(config: Config, mesh: Mesh) -> None:
+    name, exact = config.run.attention, config.rollout.exact
+    if exact and name != "auto":
+        raise UserError(f"run.attention is {name!r} and rollout.exact takes its own attention; leave one of them out")
     try:
-        dispatch.force("packed_attention", config.run.attention, mesh.device.type)
+        dispatch.force("packed_attention", "exact" if exact else name, mesh.device.type)
     except ValueError as error:
-        raise UserError(f"run.attention is {config.run.attention!r}: {error}") from error
+        raise UserError(f"{'rollout.exact' if exact else f'run.attention is {name!r}'}: {error}") from error
 
 
 def _keep_freed_memory() -> None:

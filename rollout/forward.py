@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.batch import EXACT_ROWS
 from ..engine.model import Attention, Model
 from ..kernels.attention import packed_attention
 from ..kernels.cascade import CascadeDecode
 from ..kernels.decode import DecodePlan
 from ..kernels.dispatch import paged_attention_by
+from ..kernels.exact_attention import exact_paged_attention
 from ..kernels.linear import linear
 from ..kernels.logprob import grouped_logprob
 from ..kernels.paged_attention import paged_attention
@@ -27,8 +29,6 @@ from .cache import BlockTables, KVCache
 from .draw import Draws
 from .replay import Replay
 from .scheduler import Chunk
-
-EXACT_ROWS = 64
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [T,Hq,D] and a layer's caches -> [T,Hq,D]."""
@@ -184,7 +184,7 @@ class Forward:
     def _paged_attend(
         self, tables: NDArray[np.int32], lengths: NDArray[np.int64], bounds: NDArray[np.int32], longest: int
     ) -> Attend:
-        form = paged_attention
+        form = exact_paged_attention if self._exact else paged_attention
         block_tables, cu_seqlens = self._tensor(tables), self._tensor(bounds)
         context_lens = self._tensor(lengths.astype(np.int32))
         return lambda q, keys, values: form(q, keys, values, block_tables, context_lens, cu_seqlens, longest)

@@ -133,6 +133,31 @@ def test_sums_do_not_depend_on_the_split(given_examples: list[Example], budget: 
     np.testing.assert_allclose(np.sum(split, axis=0), whole, rtol=1e-9, atol=1e-6)
 
 
+@settings(max_examples=100, deadline=None)
+@given(groups(), st.integers(11, 50), st.integers(1, 9))
+def test_padding_comes_last_and_bears_nothing(given_examples: list[Example], budget: int, multiple: int) -> None:
+    for plain, padded in zip(
+        pack(given_examples, budget), pack(given_examples, budget, multiple=multiple), strict=True
+    ):
+        tokens = plain.num_tokens
+        assert padded.num_tokens == -(-tokens // multiple) * multiple
+        for name in ("input_ids", "positions", "targets", "weight", "advantage", "rollout_logprob", "sequence_ids"):
+            assert torch.equal(getattr(plain, name), getattr(padded, name)[:tokens])
+        assert torch.equal(plain.expert, padded.expert[:tokens])
+        assert (padded.targets[tokens:] == IGNORE).all()
+        assert (padded.sequence_ids[tokens:] == -1).all()
+        assert not any(
+            x[tokens:].any() for x in (padded.weight, padded.advantage, padded.rollout_logprob, padded.expert)
+        )
+        filled = tokens < padded.num_tokens
+        assert padded.cu_seqlens.tolist() == plain.cu_seqlens.tolist() + [padded.num_tokens] * filled
+        assert padded.max_seqlen == max(padded.cu_seqlens.diff().tolist())
+        if plain.prefix is None:
+            assert padded.prefix is None
+        else:
+            assert padded.prefix.tolist() == plain.prefix.tolist() + [-1] * filled  # type: ignore[union-attr]
+
+
 @settings(max_examples=60, deadline=None)
 @given(examples(), st.integers(1, 5))
 def test_balance_deals_every_example_once_and_evenly(given_examples: list[Example], ranks: int) -> None:

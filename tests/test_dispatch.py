@@ -59,6 +59,7 @@ def all_installed(choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("all_installed")
 def test_what_a_library_cannot_do_falls_to_the_next() -> None:
     assert dispatch.available("cuda", "packed_attention") == ("flash-attn", "varlen", "xformers", "triton", "sdpa")
+    assert dispatch.available("cpu", "packed_attention") == ("sdpa", "exact")
     cases = [
         ("auto", torch.bfloat16, 128, False, "flash-attn"),
         ("auto", torch.float32, 128, False, "triton"),
