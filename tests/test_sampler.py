@@ -10,8 +10,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
 from groupwise.engine.model import Model, PackedAttention
-from groupwise.kernels.cascade import CascadeDecode
-from groupwise.kernels.eager import paged_attention
 from groupwise.rollout.cache import KVCache
 from groupwise.rollout.draw import choose, stream_key, uniforms
 from groupwise.rollout.sampler import Completion, Sampler, SamplingParams
@@ -388,37 +386,3 @@ def test_logits_that_are_not_finite_name_the_request(model):
         broken.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
     with pytest.raises(FloatingPointError, match="request 0"):
         sampler(broken).generate(prompts(4), SamplingParams(max_tokens=3))
-
-
-@pytest.mark.parametrize(("groups", "members", "blocks"), [(1, 1, 0), (6, 1, 0), (4, 4, 3), (3, 5, 1), (20, 3, 6)])
-def test_cascade_equals_paged_attention(groups, members, blocks):
-    rng = np.random.default_rng(groups)
-    count, width, size = groups * members, blocks + 30, 4
-    count -= members // 2  # the last group is smaller
-    free = iter(rng.permutation(count * width + groups * blocks).tolist())
-    tables = np.zeros((count, width), np.int32)
-    prefixes = [[next(free) for _ in range(blocks)] for _ in range(groups)]
-    lengths = rng.integers(blocks * size + 1, width * size, count)
-    for row in range(count):
-        own = -(-int(lengths[row]) // size) - blocks
-        tables[row, : blocks + own] = prefixes[row // members] + [next(free) for _ in range(own)]
-    generator = torch.Generator().manual_seed(0)
-    pool = [torch.randn(count * width + groups * blocks, size, 2, 8, generator=generator) for _ in range(2)]
-    q = torch.randn(count, 6, 8, generator=generator)
-    ours = CascadeDecode(tables, lengths, size, 16)(q, *pool)
-    expected = paged_attention(
-        q.double(), pool[0].double(), pool[1].double(), torch.from_numpy(tables),
-        torch.from_numpy(lengths).int(), torch.arange(count + 1).int(), 1,
-    )  # fmt: skip
-    torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=0)
-
-
-def test_cascade_of_rows_that_share_every_block():
-    generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(9, 4, 2, 8, generator=generator) for _ in range(2))
-    q = torch.randn(3, 4, 8, generator=generator)
-    tables, lengths = np.array([[5, 2, 7, 1]] * 3, np.int32), np.array([7, 12, 16])
-    expected = paged_attention(
-        q, k, v, torch.from_numpy(tables), torch.from_numpy(lengths).int(), torch.arange(4).int(), 1
-    )
-    torch.testing.assert_close(CascadeDecode(tables, lengths, 4, 16)(q, k, v), expected, atol=2e-6, rtol=0)
