@@ -32,7 +32,8 @@ types: .venv/.test
 	$(BIN)/mypy .venv/src/groupwise
 
 # OUT=FOLDER keeps the records there, and a picture of them.
-BENCHES := compile logprob row_identity clamped_delta small_kernels sampling attention sampler concurrency train shard
+BENCHES := compile logprob row_identity clamped_delta small_kernels sampling attention paged_attention sampler \
+	concurrency train shard
 bench: .venv/.test
 	@for name in $(BENCHES); do echo "== $$name" && \
 		$(BIN)/python -m groupwise.bench.$$name $(if $(OUT),--out $(OUT)/$$name.json) || exit 1; done

@@ -87,8 +87,8 @@ def grpo(run: Run) -> Path:
             record = measure(run, groups, update, timer) | rollouts.metrics()
             if run.config.rollout.exact and record.get("sampling/logp_difference_max"):
                 raise UserError(
-                    f"rollout.exact: trainer and sampler differ by {record['sampling/logp_difference_max']:g}, expected "
-                    "0; this machine's libraries sum a row otherwise in other company, go on without it"
+                    f"rollout.exact: trainer and sampler differ by {record['sampling/logp_difference_max']:g}, "
+                    "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
             training.metrics.log(step, {**record, "gamma": gamma(step)})
     save_policy(run, policy, folder / "model")

@@ -93,7 +93,7 @@ class Cache:
         self.keys, self.values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
 
     def step(self, model: Model, chunks: dict[int, tuple[list[int], int]]) -> Tensor:
-        """Hidden rows of new tokens, given as (ids, tokens already in the cache) of some sequences, and filling rows."""
+        """Hidden rows of new tokens, as (ids, tokens in the cache) of some sequences, and filling rows."""
         numbers = list(chunks)
         lengths = [len(ids) for ids, _ in chunks.values()]
         positions = torch.cat([torch.arange(done, done + len(ids)) for ids, done in chunks.values()])
