@@ -2,9 +2,9 @@
 
 A step is a list of items made on the host (``work_list``), whose lengths the device reads, so that a CUDA graph can
 replay with them while contexts grow. One kernel computes all items: softmax over an item's keys, its output in float32
-and its log-sum-exp; another joins the pieces of each row in their order. Nothing is added atomically, so that a result
-is the same to the bit in every run. After FlashDecoding (Dao et al., 2023) and Hydragen (Juravsky et al., arXiv
-2402.05099).
+and its log-sum-exp; another joins the pieces of each row in their order. Nothing is added atomically: a result is the
+same to the bit in every run, and depends on no other rows but those with which its row shares blocks. After
+FlashDecoding (Dao et al., 2023) and Hydragen (Juravsky et al., arXiv 2402.05099).
 
 Shapes: N rows, Hq query heads, Hkv key/value heads, G = Hq/Hkv, D head size.
 """
@@ -143,7 +143,7 @@ class DecodePlan:
         context_lens: [num_rows] int32, tokens in the cache, the new one included; 0 for rows that are not used.
 
     Raises:
-        ValueError: a block size that is none.
+        ValueError: a block size that it does not take.
     """
 
     def __init__(

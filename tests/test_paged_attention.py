@@ -139,8 +139,7 @@ def make_plan(
     return DecodePlan(rows, blocks, BLOCK, (cache.query_heads, cache.key_heads), cache.size, dtype, where)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("heads", "dtype"), [*((each, torch.float32) for each in HEADS), (HEADS[1], torch.float16)])
 def test_prefill_in_triton(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     interpreted(check_prefill, "triton", heads, dtype)
 
@@ -190,6 +189,24 @@ def check_a_standing_plan(device: str = "cpu", dtype: torch.dtype = torch.float3
 
 def test_a_plan_stands_while_rows_grow() -> None:
     interpreted(check_a_standing_plan)
+
+
+def check_company(device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """A row gets the same bits alone as beside rows with which it shares nothing."""
+    cache = Cache([*GROUPS["alone"], *GROUPS["edges"][:3]], HEADS[1])
+    count, width = cache.tables.shape
+    q = cache.normal(count, cache.query_heads).to(device, dtype)
+    pools = [x.to(device, dtype) for x in cache.caches]
+    plan = make_plan("triton", count, width, cache, dtype, device)
+    plan.set(cache.tables, cache.lengths)
+    together = plan(q, *pools)
+    for row in range(count):
+        plan.set(cache.tables[row : row + 1], cache.lengths[row : row + 1])
+        assert torch.equal(plan(q[row : row + 1], *pools)[0], together[row])
+
+
+def test_company_changes_no_bit() -> None:
+    interpreted(check_company)
 
 
 def test_how_long_a_plan_stands() -> None:
@@ -327,6 +344,7 @@ def test_others_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_a_graph_replays_what_was_set_last() -> None:
     check_a_standing_plan("cuda", torch.bfloat16)
+    check_company("cuda", torch.bfloat16)
     large, small = (Cache(GROUPS[name], GPU_HEADS[0]) for name in ("many", "group"))
     rows, blocks = len(large.lengths), large.tables.shape[1]
     plan = make_plan("triton", rows, 64, large, torch.bfloat16, "cuda")
