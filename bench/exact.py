@@ -22,15 +22,18 @@ from torch import Tensor
 
 from groupwise.bench import common
 from groupwise.bench.sampler import NoText, random_model
-from groupwise.engine.batch import EXACT_ROWS, Batch, Example, pack
+from groupwise.engine.batch import Batch, Example, pack
+from groupwise.engine.exact import ROWS
 from groupwise.engine.model import Model, PackedAttention
 from groupwise.kernels import dispatch
+from groupwise.rollout.generation import Completion
 from groupwise.rollout.sampler import Sampler, SamplingParams
 
 SMALL = (4, 128, 384, 4, 2, 2048)
 SHAPES = [(8, 384, 1024, 6, 2, 8192)]
-CONCURRENCIES = (1, 3, 16, 0)
-GROUPS, MEMBERS, TURNS, NEW, OBSERVED = 8, 8, 4, 100, 40
+# Groups by concurrency, 0 for all at once: few at a time take long.
+GROUPS = {1: 1, 3: 2, 16: 13, 0: 16}
+COST_GROUPS, MEMBERS, TURNS, NEW, OBSERVED = 8, 8, 4, 100, 40
 POSITIONS, TOKENS = 1024, 4096
 TEMPERATURE = 0.8
 
@@ -39,7 +42,7 @@ def make_sampler(model: Model, exact: bool, concurrency: int = 0) -> Sampler:
     return Sampler(model, NoText(model.config.vocab_size), kv_memory=2.0, concurrency=concurrency, exact=exact)
 
 
-def sample(sampler: Sampler, vocab: int, seed: int) -> list[Example]:
+def sample(sampler: Sampler, vocab: int, seed: int, groups: int = COST_GROUPS) -> list[Example]:
     """Trajectories of several turns, as the trainer gets them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,14 +52,14 @@ def sample(sampler: Sampler, vocab: int, seed: int) -> list[Example]:
 
     params = SamplingParams(temperature=TEMPERATURE, max_tokens=NEW, seed=seed)
     examples: dict[int, Example] = {}
-    for group in range(GROUPS):
+    for group in range(groups):
         prompt = random_ids(200)
         for member in range(MEMBERS):
             number = sampler.submit(prompt, params, stream=(group, member, 0))
             zeros = [0.0] * len(prompt)
             examples[number] = Example(list(prompt), zeros, advantage=1.0, old_logprobs=list(zeros), group=group)
     for turn in range(TURNS):
-        finished = {}
+        finished: dict[int, Completion] = {}
         while sampler.has_work:
             finished.update((done.request_id, done) for done in sampler.poll())
         for number in sorted(finished):
@@ -90,10 +93,11 @@ def score(model: Model, batch: Batch) -> Tensor:
 
 
 def agreement(model: Model, concurrency: int) -> common.Row:
-    examples = sample(make_sampler(model, True, concurrency), model.config.vocab_size, 0)
+    sampler = make_sampler(model, True, concurrency)
+    examples = sample(sampler, model.config.vocab_size, concurrency, GROUPS[concurrency])
     gaps = []
     with attention("exact"):
-        for batch in pack(examples, TOKENS, multiple=EXACT_ROWS):
+        for batch in pack(examples, TOKENS, multiple=ROWS):
             gaps.append((score(model, batch).detach() - batch.rollout_logprob)[batch.weight > 0])
     gap = torch.cat(gaps)
     return {
@@ -117,7 +121,7 @@ def cost(shape: tuple[int, ...], args: Any) -> list[common.Row]:
     }
     times = {"sampling": common.in_turns(sampling, seeds, args.repeats, warm=1)}
     examples = sample(samplers["usual"], shape[5], 0)
-    batches = {"exact": pack(examples, TOKENS, multiple=EXACT_ROWS), "usual": pack(examples, TOKENS)}
+    batches = {"exact": pack(examples, TOKENS, multiple=ROWS), "usual": pack(examples, TOKENS)}
     model.requires_grad_(True)
 
     def train(name: str) -> None:
@@ -143,7 +147,7 @@ def main() -> None:
     if args.device != "cpu":
         sys.exit("exact: the mode is for float32 on a CPU; use --device cpu")
     model = random_model(SMALL, POSITIONS, "cpu").requires_grad_(True)
-    rows = [agreement(model, concurrency) for concurrency in CONCURRENCIES]
+    rows = [agreement(model, concurrency) for concurrency in GROUPS]
     for shape in common.parse_shapes(args.shapes, SHAPES):
         rows += cost(shape, args)
     common.report("exact", rows, args)

@@ -24,10 +24,6 @@ from .errors import UserError
 IGNORE = -100  # the target that has no loss, as in PyTorch's cross-entropy
 
 
-EXACT_ROWS = 64
-"""Multiple of the rows that are computed together where trainer and sampler must agree to the bit."""
-
-
 @dataclass
 class Example:
     """One sequence to learn from; lists are aligned with ``token_ids``.

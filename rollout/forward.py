@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.batch import EXACT_ROWS
+from ..engine.exact import ROWS
 from ..engine.model import Attention, Model
 from ..kernels.attention import packed_attention
 from ..kernels.cascade import CascadeDecode
@@ -196,7 +196,7 @@ class Forward:
 
     def _padded(self, x: Tensor) -> Tensor:
         """In the exact mode: rows of zeros behind x, up to a multiple of 64."""
-        missing = -len(x) % EXACT_ROWS if self._exact else 0
+        missing = -len(x) % ROWS if self._exact else 0
         return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:

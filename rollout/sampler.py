@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..engine.config import kv_bytes
 from ..engine.errors import UserError
+from ..engine.exact import check_exact
 from ..engine.metrics import ProgressBar, free_memory
 from ..engine.model import Model
 from .cache import BlockTables, Copies, KVCache
@@ -49,7 +50,7 @@ class Sampler:
             forces the attention "exact" and pads its batches to multiples of 64 tokens.
 
     Raises:
-        UserError: a setting out of range, memory for not even one block, or the exact mode elsewhere.
+        UserError: a setting out of range, memory for not even one block, or no exact mode with this model and machine.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class Sampler:
             if value < least:
                 raise UserError(f"{name} is {value}, expected at least {least}; correct the sampler's settings")
         config, weight = model.config, model.output_weight
-        if exact and (weight.device.type != "cpu" or weight.dtype != torch.float32):
-            raise UserError(f"exact sampling is for float32 on a CPU, the model is {weight.dtype} on {weight.device}")
+        if exact:
+            check_exact(model)
         self._tokenizer = tokenizer
         self._device = weight.device
         block_bytes = KVCache.block_bytes(config, block_size, weight.dtype)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from groupwise.engine.batch import Batch, Example, pack
 from groupwise.engine.config import ModelConfig, RopeScaling
+from groupwise.engine.errors import UserError
+from groupwise.engine.exact import ROWS, check_exact
 from groupwise.engine.model import Model, PackedAttention
 from groupwise.kernels import apply_rotary, dispatch, grouped_logprob
 from groupwise.kernels.exact_attention import exact_packed_attention, exact_paged_attention
 
-ROWS = 64  # a multiple of the rows of every batch, on both sides
 BLOCK = 16
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 # Family, head size, query heads a key head, vocabulary.
@@ -93,7 +94,7 @@ class Cache:
         self.keys, self.values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
 
     def step(self, model: Model, chunks: dict[int, tuple[list[int], int]]) -> Tensor:
-        """Hidden rows of new tokens, as (ids, tokens in the cache) of some sequences, and filling rows."""
+        """Hidden rows of the new tokens of some sequences, each (ids, tokens that the cache has), and filling rows."""
         numbers = list(chunks)
         lengths = [len(ids) for ids, _ in chunks.values()]
         positions = torch.cat([torch.arange(done, done + len(ids)) for ids, done in chunks.values()])
@@ -188,6 +189,17 @@ def test_gradients_are_those_of_the_usual_mode() -> None:
         gradients.append(torch.autograd.grad(total, list(model.parameters())))
     for got, usual in zip(*gradients, strict=True):
         torch.testing.assert_close(got, usual, rtol=1e-3, atol=1e-4 * usual.abs().max().item())
+
+
+@pytest.mark.usefixtures("exact")
+def test_libraries_that_do_not_keep_the_bits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen3", 8, 2, 512)
+    check_exact(model)
+    with pytest.raises(UserError, match="float32 on a CPU, and the model is torch"):
+        check_exact(make_model("qwen3", 8, 2, 512).bfloat16())
+    monkeypatch.setattr("groupwise.engine.exact.silu_mul", lambda gate, up: gate * up / len(gate))
+    with pytest.raises(UserError, match="SwiGLU of 72 gives a row other bits among 64 rows than among 320"):
+        check_exact(model)
 
 
 def test_rows_that_fill_up_are_zeros() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from sampled import CONFIG, drain, prompts, random_model, sampler
 
-from groupwise.engine.batch import EXACT_ROWS, Example, pack
+from groupwise.engine.batch import Example, pack
 from groupwise.engine.errors import UserError
+from groupwise.engine.exact import ROWS
 from groupwise.engine.model import Model, PackedAttention
 from groupwise.kernels import dispatch
 from groupwise.rollout.sampler import SamplingParams
@@ -54,7 +55,7 @@ def differences(model: Model, examples: list[Example]) -> torch.Tensor:
     dispatch.force("packed_attention", "exact", "cpu")
     try:
         found = []
-        for batch in pack(examples, 1500, multiple=EXACT_ROWS):
+        for batch in pack(examples, 1500, multiple=ROWS):
             attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
             logprob, _ = model(batch.input_ids, batch.positions, attention, targets=batch.targets, temperature=0.8)
             assert logprob.requires_grad
@@ -96,5 +97,5 @@ def test_the_usual_mode_does_not_agree_to_the_bit(model):
 
 
 def test_the_exact_mode_is_for_float32_on_a_cpu(model):
-    with pytest.raises(UserError, match="exact sampling is for float32 on a CPU"):
+    with pytest.raises(UserError, match="the exact mode is for float32 on a CPU"):
         sampler(random_model().to(torch.bfloat16), exact=True)
