@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ..kernels import eager_logprob, eager_sampling, logprob
 from ..kernels.dispatch import implementation
+from ..kernels.work_list import split_edges
 from .config import Config, ModelConfig
 from .mesh import Mesh
 from .model import Model
@@ -363,7 +364,10 @@ class _Rank:
             "gather buffers": self.gathered(self.model.num_hidden_layers),
         }
         prefill = {"activations": self.forward_work(tokens)}
-        draw = {"logits chunk": self.draw(sequences, truncates=min(settings.top_p, evaluate.top_p) < 1)}
+        draw = {
+            "activations": self.decode_pieces(sequences) if self.cuda else 0,
+            "logits chunk": self.draw(sequences, truncates=min(settings.top_p, evaluate.top_p) < 1),
+        }
         return [self.held | whole | prefill, self.held | whole | draw]
 
     def draw(self, sequences: int, *, truncates: bool) -> int:
@@ -373,6 +377,11 @@ class _Rank:
             return self.c * logits
         chunk = min(logits, max(eager_sampling.CHUNK_LOGITS, self.model.vocab_size))
         return self.c * logits + (33 if truncates else 12) * chunk + 12 * self.model.vocab_size
+
+    def decode_pieces(self, sequences: int) -> int:
+        """What decoding leaves to be joined, of half as many rows again: in float32, a piece for each split."""
+        splits = len(split_edges(self.config.rollout.max_trajectory_tokens))
+        return 6 * sequences * splits * self.model.num_attention_heads * (self.model.head_size + 1)
 
     def logprobs(self) -> list[Items]:
         """A forward pass without a graph: of the reference, or of the policy where there is none."""

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .dispatch import architecture_of, jit, tl, triton
-from .pages import MIN_BLOCK_SIZE, Tiles, load_queries, meet, tiles
+from .pages import MIN_BLOCK_SIZE, load_queries, meet, tiles
+from .segments import Tiles
 from .work_list import FIELDS, split_edges, work_list
 
 JOINED_PIECES = 16  # at one time
@@ -125,8 +126,8 @@ def join_kernel(  # type: ignore[no-untyped-def]
 class DecodePlan:
     """One decoding step for many layers: what each row's new token attends to, as a list of work on the device.
 
-    The device's memory is allocated once and stays in place, so that a CUDA graph that has captured calls replays with
-    whatever was set last. A row may grow while a plan stands: the kernels read ``context_lens``, which a graph may
+    The list's memory on the device is allocated once and stays in place, so that a CUDA graph that has captured calls
+    replays with whatever was set last. A row may grow while a plan stands: the kernels read ``context_lens``, which a graph may
     count up by itself, and :meth:`covers` says how far.
 
     Args:
@@ -175,8 +176,7 @@ class DecodePlan:
         self._work_count, self.context_lens, self._pieces, self._items = self._lists.split(
             [1, num_rows, num_rows, FIELDS * places]
         )
-        self._partial = torch.empty(places, heads[0], head_size, device=device)
-        self._log_sum = torch.empty(places, heads[0], device=device)
+        self._places = places
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._num_programs = min(places * heads[1], PROGRAMS_PER_PROCESSOR * processors)
         self._least = self._limits = np.zeros(0, np.int64)
@@ -256,16 +256,19 @@ class DecodePlan:
         q, out = q.detach().contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         if not len(q):
             return out
+        # Not kept: the graphs that take turns may have it from one pool.
+        partial = torch.empty(self._places, self._heads[0], self._size, device=q.device)
+        log_sum = torch.empty(self._places, self._heads[0], device=q.device)
         sizes = {"SIZE": self._size, "WIDTH": max(16, triton.next_power_of_2(self._size))}
         items_kernel[(self._num_programs,)](
             q, k_cache, v_cache, self.block_tables, self.context_lens, self._work_count, self._items,
-            self._partial, self._log_sum, self._heads[1], self.block_tables.shape[1], self._max_pieces,
+            partial, log_sum, self._heads[1], self.block_tables.shape[1], self._max_pieces,
             self._size**-0.5,
             FIELDS=FIELDS, BLOCK=self._block_size, GROUP=self._heads[0] // self._heads[1], **sizes, **self._heights,
             COLUMNS=self._tile.columns, num_warps=self._tile.num_warps, num_stages=self._tile.num_stages,
         )  # fmt: skip
         join_kernel[(len(q), self._heads[0])](
-            self._partial, self._log_sum, self._pieces, out, self._heads[0], self._max_pieces,
+            partial, log_sum, self._pieces, out, self._heads[0], self._max_pieces,
             **sizes, PIECES=JOINED_PIECES, num_warps=4,
         )  # fmt: skip
         return out

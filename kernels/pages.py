@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .dispatch import jit, tl
+from .segments import Tiles
 
 MIN_BLOCK_SIZE = 16
 
-
-class Tiles(NamedTuple):
-    """Sizes of one program's tile and how it is run."""
-
-    rows: int  # queries; decoding, of rows that share a prefix (a row's own keys meet 16, or G, and are twice as many)
-    columns: int  # keys
-    num_warps: int
-    num_stages: int
-
-
 # bf16 and float16, by kernel and architecture, for head sizes up to 64, 128 and 256. For the heads of common models
 # none spills a register (``bench/compile.py``), and those of sm_80 fit into the 99 KB of shared memory of 8.6, 8.9 and
-# 12; not yet measured on a GPU.
+# 12; not yet measured on a GPU. Rows of "decode" are those of rows that share a prefix: a row's own keys meet 16, or G,
+# and are twice as many.
 TILES = {
     ("prefill", "sm_90"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
     ("decode", "sm_90"): (Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 32, 8, 3)),

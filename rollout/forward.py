@@ -27,7 +27,7 @@ from ..kernels.rotary import apply_rotary, write_rotated
 from ..kernels.sampling import Drawn, sample_tokens
 from .cache import BlockTables, KVCache
 from .draw import Draws
-from .replay import Replay
+from .replay import Replay, Step
 from .scheduler import Chunk
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,8 +83,7 @@ class Forward:
         weight, config = model.output_weight, model.config
         self._device = weight.device
         sizes = (config.head_size, tables.block_size)
-        form = paged_attention_by(self._device.type, weight.dtype, *sizes)
-        self._replays = form == "triton" and not exact
+        self._form = "exact" if exact else paged_attention_by(self._device.type, weight.dtype, *sizes)
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._cascade = CascadeDecode(tables.block_size, self._heads, config.head_size, self._device)
         self._replay: Replay | None = None
@@ -118,15 +117,15 @@ class Forward:
             same_rows: the step before was of the same sequences in the same order.
         """
         tables, lengths, slots = self._tables.view(rows), self._tables.lengths[rows], self._tables.last_slots(rows)
-        if self._replays:
+        if self._form == "triton":
             if self._replay is None:
                 self._replay = Replay(self._step, self._make_plan)
-            return self._replay(ids, tables, lengths, slots, draws, same_rows)
-        if self._exact:
-            attend = self._paged_attend(tables, lengths, np.arange(len(rows) + 1, dtype=np.int32), 1)
-        else:
+            return self._replay(ids, Step(tables, lengths, slots, draws, same_rows))
+        if self._form == "eager":
             self._cascade.set(tables, lengths)
-            attend = self._cascade
+            attend: Attend = self._cascade
+        else:
+            attend = self._paged_attend(tables, lengths, np.arange(len(rows) + 1, dtype=np.int32), 1)
         return self._step(ids, self._tensor(lengths - 1), self._tensor(slots), attend, self._arguments(draws))
 
     def draw(self, hidden: Tensor, draws: Draws) -> Drawn:

@@ -9,7 +9,7 @@ Legend: N sequences, B rows of the buffers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ Compute = Callable[[Tensor, Tensor, Tensor, DecodePlan, tuple[Tensor, ...]], Dra
 """Ids, positions and slots [B], attention, and the arguments of ``sample_tokens`` behind the logits."""
 
 
+class Step(NamedTuple):
+    """What the host knows of a decoding step of N rows."""
+
+    tables: NDArray[np.int32]  # [N, blocks]
+    lengths: NDArray[np.int64]  # [N] tokens of each row, the one that is computed included
+    slots: NDArray[np.int64]  # [N] where that one is stored
+    draws: Draws  # of the tokens behind them
+    same_rows: bool  # the step before was of the same rows in the same order, one token shorter
+
+
 class Replay:
     """The steps of one cache with one set of weights: neither may move.
 
@@ -37,33 +47,18 @@ class Replay:
     def __init__(self, compute: Compute, make_plan: Callable[[int, int], DecodePlan]) -> None:
         self._compute, self._make_plan = compute, make_plan
         self._steps: dict[tuple[int, int], _FixedStep] = {}
+        self._last: tuple[int, int] | None = None  # of the steps, the one that was run
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def __call__(
-        self,
-        ids: Tensor,
-        tables: NDArray[np.int32],
-        lengths: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        draws: Draws,
-        same_rows: bool,
-    ) -> Drawn:
-        """One step of N rows.
-
-        Args:
-            ids: [N] int64 on the device.
-            tables: [N, blocks] block tables.
-            lengths: [N] tokens of each row, the one that is computed included.
-            slots: [N] where that one is stored.
-            draws: how the next ones are drawn.
-            same_rows: the step before was of the same rows in the same order, one token shorter.
-        """
-        size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (tables.shape[1] - 1).bit_length())
-        step = self._steps.get(size)
-        if step is None:
-            step = self._steps[size] = _FixedStep(self._compute, self._make_plan(*size), self._pool)
-            same_rows = False
-        return step(ids, tables, lengths, slots, draws, same_rows)
+    def __call__(self, ids: Tensor, step: Step) -> Drawn:
+        """Computes the tokens ``ids`` [N] int64, which lie on the device, and draws the next."""
+        size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (step.tables.shape[1] - 1).bit_length())
+        if size not in self._steps:
+            self._steps[size] = _FixedStep(self._compute, self._make_plan(*size), self._pool)
+        if self._last != size:
+            step = step._replace(same_rows=False)
+        self._last = size
+        return self._steps[size](ids, step)
 
 
 class _FixedStep:
@@ -79,15 +74,8 @@ class _FixedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._drawn: Drawn | None = None
 
-    def __call__(
-        self,
-        ids: Tensor,
-        tables: NDArray[np.int32],
-        lengths: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        draws: Draws,
-        same_rows: bool,
-    ) -> Drawn:
+    def __call__(self, ids: Tensor, step: Step) -> Drawn:
+        tables, lengths, slots, draws, same_rows = step
         count = len(ids)
         (self._plan.update if same_rows else self._plan.set)(tables, lengths)
         self._ids[:count].copy_(ids)
@@ -107,7 +95,8 @@ class _FixedStep:
         if self._graph is None or self._drawn is None:
             self._on_device()  # compiles kernels, which cannot be captured
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool):
+            # Other threads may copy meanwhile: those that save checkpoints.
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._drawn = self._on_device()
         self._graph.replay()
         return self._drawn

@@ -52,8 +52,11 @@ def results(fn: Any, inputs: Inputs, dtype: torch.dtype, temperature: float, ent
     return [x.detach().double() for x in outputs]  # type: ignore[union-attr]
 
 
-def as_accurate_as_plain(fn: Any, inputs: Inputs, temperature: float, entropy: bool) -> None:
-    """At most 1.5 times the error of plain PyTorch in the same dtype, each measured from the float64 definition."""
+def as_accurate_as_plain(fn: Any, inputs: Inputs, temperature: float, entropy: bool, largest: float = 4.0) -> None:
+    """At most 1.5 times the error of plain PyTorch in the same dtype, each measured from the float64 definition.
+
+    ``largest``: of the logits; a backward pass that makes them again may round them otherwise.
+    """
 
     def by_definition(*args: Any) -> tuple[Tensor, Tensor]:
         return plain(*args[:4])
@@ -66,7 +69,7 @@ def as_accurate_as_plain(fn: Any, inputs: Inputs, temperature: float, entropy: b
     for name, got, other, true in zip(names, ours, naive, exact, strict=True):
         if true.numel():
             scale = true.abs().max().item() + 1.0
-            bound = 1.5 * (other - true).abs().max().item() + 4 * torch.finfo(torch.float32).eps * scale
+            bound = 1.5 * (other - true).abs().max().item() + largest * torch.finfo(torch.float32).eps * scale
             assert (got - true).abs().max().item() <= bound, name
 
 
@@ -128,8 +131,9 @@ def test_triton_joins_slices_of_the_vocabulary() -> None:
 
 def check_extremes(form: Any) -> None:
     inputs = make_inputs(20, 8, 300, wide=60.0)  # logits up to about ±1e4
-    assert (inputs[0] @ inputs[1].t()).abs().max() > 1e4
-    as_accurate_as_plain(form, inputs, 1.0, True)
+    largest = (inputs[0] @ inputs[1].t()).abs().max().item()
+    assert largest > 1e4
+    as_accurate_as_plain(form, inputs, 1.0, True, largest)
 
 
 def test_extreme_logits(each_form: str) -> None:

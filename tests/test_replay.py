@@ -25,7 +25,7 @@ def sample_in_turns() -> tuple[bool, list[list[int]], list[list[float]]]:
             if done.request_id == ids[1] and len(found[ids[1]]) == 1:
                 engine.extend(ids[1], [20, 21, 22], SamplingParams(max_tokens=4, seed=5))
     turns = [done for number in ids for done in found[number]]
-    return engine._forward._replays, [done.token_ids for done in turns], [done.logprobs for done in turns]
+    return engine._forward._form == "triton", [done.token_ids for done in turns], [done.logprobs for done in turns]
 
 
 @pytest.mark.gpu
