@@ -335,9 +335,8 @@ class _Rank:
     @property
     def slice_up(self) -> int:
         """A slice of the head in float32."""
-        return (
-            0 if self.c == 4 else 4 * self.model.hidden_size * min(self.model.vocab_size, eager_logprob.SLICE_COLUMNS)
-        )
+        columns = min(self.model.vocab_size, eager_logprob.SLICE_COLUMNS)
+        return 0 if self.c == 4 else 4 * self.model.hidden_size * columns
 
     # Moments of the phases -------------------------------------------------------------------------------------
 

@@ -127,8 +127,8 @@ class DecodePlan:
     """One decoding step for many layers: what each row's new token attends to, as a list of work on the device.
 
     The list's memory on the device is allocated once and stays in place, so that a CUDA graph that has captured calls
-    replays with whatever was set last. A row may grow while a plan stands: the kernels read ``context_lens``, which a graph may
-    count up by itself, and :meth:`covers` says how far.
+    replays with whatever was set last. A row may grow while a plan stands: the kernels read ``context_lens``, which a
+    graph may count up by itself, and :meth:`covers` says how far.
 
     Args:
         num_rows: most rows of a step.

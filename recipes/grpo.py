@@ -145,6 +145,7 @@ def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> 
             "tokens": trajectory.completion_tokens,
             "turns": trajectory.turns,
             "clipped": trajectory.status in ("token_limit", "turn_limit"),
+            "failed": trajectory.status == "failed",
             "executions": [execution.ok for execution in trajectory.executions],
         }
         for number, group in enumerate(groups)
@@ -161,6 +162,7 @@ def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> 
         "frac_reward_zero_std": fmean(len(set(rewards)) == 1 for rewards in by_group.values()),
         "completions/mean_length": fmean(row["tokens"] for row in rows),
         "completions/clipped_ratio": fmean(row["clipped"] for row in rows),
+        "completions/failed_ratio": fmean(row["failed"] for row in rows),
         "completions/mean_turns": fmean(row["turns"] for row in rows),
         "tools/failure_frequency": 1 - fmean(executions) if executions else 0.0,
         "loss": update.loss,

@@ -50,13 +50,17 @@ class Rollouts:
     def sample(
         self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int
     ) -> list[Group]:
-        """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together."""
+        """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together.
+
+        Raises:
+            FloatingPointError: all of them failed for log-probabilities that are not finite.
+        """
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
         )
         with self._policy.model.gathered():
             try:
-                return run_agent(
+                groups = run_agent(
                     self.sampler,
                     self.sandbox,
                     tasks,
@@ -68,6 +72,11 @@ class Rollouts:
                 )
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
+        if groups and all(found.status == "failed" for group in groups for found in group.trajectories):
+            raise FloatingPointError(
+                "the model gave no finite log-probability in any trajectory; its weights are broken"
+            )
+        return groups
 
     def metrics(self) -> dict[str, float]:
         """What all ranks sampled since the last call: their sum of tokens a second, and means. Collective."""

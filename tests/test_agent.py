@@ -25,6 +25,7 @@ from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Trajectory
 
+BROKEN = "no number is finite"
 LIMITS = AgentLimits(
     max_turns=4, max_tokens_per_turn=200, max_trajectory_tokens=900, max_observation_tokens=60, max_consecutive_errors=2
 )
@@ -99,7 +100,7 @@ class ScriptedSampler:
         _, sample, turn = self.streams[number]
         text = self.script[sample, turn] if isinstance(self.script, dict) else self.script[turn]
         ids = [ord(character) for character in text][: params.max_tokens]
-        reason = "stop" if len(ids) == len(text) else "length"
+        reason = "error" if text == BROKEN else "stop" if len(ids) == len(text) else "length"
         self.contexts[number] += ids
         logprobs = [-(index + 1) / 8 for index in range(len(ids))]
         return [Completion(number, ids, logprobs, logprobs, reason, "".join(map(chr, ids)))]
@@ -203,6 +204,14 @@ def test_observations_are_capped_in_the_middle() -> None:
     assert text.startswith("\n<interpreter>ran begin")
     assert text.endswith("end</interpreter>\n")
     assert len(text) <= LIMITS.max_observation_tokens + len(DATAMIND.observation(""))
+
+
+def test_a_turn_without_finite_numbers_fails_its_trajectory_alone() -> None:
+    groups, sampler, _ = rollout({(0, 0): code("a"), (0, 1): BROKEN, (1, 0): answer("3")}, generations=2)
+    broken, whole = groups[0].trajectories
+    assert (broken.status, whole.status) == ("failed", "answered")
+    assert sum(broken.to_example().loss_mask) == 0
+    assert sorted(sampler.released) == sorted(sampler.contexts)
 
 
 def test_reflection_runs_nothing() -> None:

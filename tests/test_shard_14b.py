@@ -20,7 +20,7 @@ ROOT = 2 * 152064 * 5120 + 5120  # embedding, head and last norm
 RANKS, TOKENS = 8, 8192
 
 
-def attention(layer, q, k, v):
+def attention(layer, q, k, v, cos, sin):
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
