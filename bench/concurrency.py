@@ -1,6 +1,6 @@
 """What concurrency costs and gives: the sampler's memory for keys and values, and its speed, on the same work.
 
-    python -m groupwise.bench.concurrency [--shapes 8x384x1024x6x2x8192x64x1x32x128x128] [--out FILE] [--plot FILE.png]
+    python -m groupwise.bench.concurrency [--shapes 8x384x1024x6x2x8192x64x1x32x128x64] [--out FILE] [--plot FILE.png]
 
 A shape is as in bench/sampler.py. ``concurrency`` is the most sequences that decode together; ``kv_peak_mib`` the
 keys and values that lie in the cache at the most, whole blocks of 16 tokens, MiB; ``relative_speed`` the tokens of a
@@ -19,7 +19,6 @@ import torch
 
 from groupwise.bench import common
 from groupwise.bench.sampler import (
-    CPU_SHAPES,
     GPU_SHAPES,
     block_bytes,
     make_sampler,
@@ -31,6 +30,8 @@ from groupwise.bench.sampler import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# One sequence at a time takes long on a CPU.
+CPU_SHAPES = [(8, 384, 1024, 6, 2, 8192, prompts, samples, 32, 128, 64) for prompts, samples in ((64, 1), (8, 8))]
 LEVELS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -87,7 +88,7 @@ def draw(rows: list[common.Row], device: str, file: Path) -> None:
 
 
 def main() -> None:
-    args = common.arguments(__doc__, repeats=(1, 3), plot="memory and speed over concurrency")
+    args = common.arguments(__doc__, repeats=(1, 1), plot="memory and speed over concurrency")
     defaults = [shape for shape in GPU_SHAPES if shape[6:8] == (64, 1)][:1] if args.device == "cuda" else CPU_SHAPES
     rows = [row for shape in common.parse_shapes(args.shapes, defaults) for row in measure(shape, args)]
     common.report("concurrency", rows, args)

@@ -73,6 +73,10 @@ class Sampler:
         for name, value, least in settings:
             if value < least:
                 raise UserError(f"{name} is {value}, expected at least {least}; correct the sampler's settings")
+        if preemption not in ("recompute", "keep"):
+            raise UserError(
+                f"preemption is {preemption!r}, expected 'recompute' or 'keep'; correct the sampler's settings"
+            )
         config, weight = model.config, model.output_weight
         if exact:
             check_exact(model)

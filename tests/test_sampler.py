@@ -210,7 +210,11 @@ def test_bad_settings_are_refused(model):
     ):
         with pytest.raises(UserError, match=next(iter(settings))):
             SamplingParams(**settings)
-    for settings in ({"kv_memory": 1e-9}, {"kv_memory": 1.0, "concurrency": -1}):
+    for settings in (
+        {"kv_memory": 1e-9},
+        {"kv_memory": 1.0, "concurrency": -1},
+        {"kv_memory": 1.0, "preemption": "swap"},
+    ):
         with pytest.raises(UserError, match=list(settings)[-1]):
             Sampler(model, Letters(), **settings)
 
