@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from groupwise.bench import common
-from groupwise.kernels import grouped_logprob, implementation
+from groupwise.kernels import grouped_logprob, implementation, linear
 
 GPU_SHAPES = [(8192, 1536, 151936), (8192, 3584, 152064), (8192, 5120, 152064), (32768, 5120, 152064)]
 CPU_SHAPES = [(8192, 128, 512), (1024, 256, 8192), (1024, 64, 151936), (512, 256, 151936)]
@@ -47,7 +47,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def product(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return hidden.detach() @ weight.detach().t()
+    return linear(hidden.detach(), weight.detach())
 
 
 def copy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
