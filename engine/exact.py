@@ -16,6 +16,7 @@ from ..kernels.exact_attention import exact_packed_attention, exact_paged_attent
 from .errors import UserError
 from .model import Linear, Model
 
+# Recipes fill their batches up to a multiple of this in any mode: linear maps then take them as they are.
 ROWS = 64
 TRIED_ROWS = 5 * ROWS
 

@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from .checks import check_alike
 from .dispatch import onednn_serves
 
+# Multiples of the rows that oneDNN is given, of many and of few.
+ROWS, FEW_ROWS = 64, 8
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; differentiable in all three.
@@ -42,11 +45,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K], [N,K], [N] -> [T,N]
-    """a @ b.T + bias; by oneDNN without a gradient. Both may be transposed views."""
+    """a @ b.T + bias; by oneDNN without a gradient. b may be a transposed view.
+
+    oneDNN makes code for every number of rows that it meets, half a megabyte each, and keeps it: so rows are filled up
+    to one of few numbers. A lone row would be summed in another order than two, too.
+    """
     if not onednn_serves(a) or a.numel() == 0:  # a sum over nothing is beyond oneDNN
         return F.linear(a, b, bias)
-    if len(a) == 1:  # a lone row is summed in another order than two: it gets company
-        return product(a.expand(2, -1).contiguous(), b, bias)[:1]
+    missing = -len(a) % (ROWS if len(a) > ROWS else FEW_ROWS)
+    if not missing:
+        return _multiply(a, b, bias)
+    return _multiply(F.pad(a, (0, 0, 0, missing)), b, bias)[: len(a)]
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
@@ -71,7 +83,9 @@ class _Linear(torch.autograd.Function):
 
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:  # [T,N], [T,K] -> [N,K]
     """a.T @ b, perhaps as a transposed view: oneDNN is faster where the narrower matrix comes first."""
-    return product(a.t(), b.t()) if a.shape[1] < b.shape[1] else product(b.t(), a.t()).t()
+    if not onednn_serves(a) or a.numel() == 0:
+        return a.t() @ b
+    return _multiply(a.t(), b.t()) if a.shape[1] < b.shape[1] else _multiply(b.t(), a.t()).t()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

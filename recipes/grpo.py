@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..data.trajectories import Expert
-from ..engine import exact
 from ..engine.batch import Batch, Example, pack
 from ..engine.errors import UserError
+from ..engine.exact import ROWS
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
 from ..engine.planner import PHASES
@@ -131,8 +131,7 @@ def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -
         max_completion_tokens=run.config.rollout.max_trajectory_tokens,
     )
     examples = [example for example in examples if example.loss_tokens]  # the others only counted as sequences
-    multiple = exact.ROWS if run.config.rollout.exact else 1
-    return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device, multiple), run.mesh)
+    return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device, ROWS), run.mesh)
 
 
 def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..data.trajectories import Expert
 from ..engine.batch import balance, pack
+from ..engine.exact import ROWS
 from ..engine.objective import count, sft_loss, weigh
 from ..engine.schedule import Schedule
 from ..engine.tokenizer import Tokenizer
@@ -38,7 +39,8 @@ def sft(run: Run) -> Path:
         examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
-        update = training.update(step, pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device), sft_loss)
+        batches = pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device, ROWS)
+        update = training.update(step, batches, sft_loss)
         training.metrics.log(step, {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
     save_policy(run, policy, folder / "model")
     return folder / "model"
