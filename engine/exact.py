@@ -16,8 +16,7 @@ from ..kernels.exact_attention import exact_packed_attention, exact_paged_attent
 from .errors import UserError
 from .model import Linear, Model
 
-# Recipes fill their batches up to a multiple of this in any mode: linear maps then take them as they are.
-ROWS = 64
+ROWS = 64  # recipes fill their batches up to a multiple of it in any mode: that of ``kernels.linear``
 TRIED_ROWS = 5 * ROWS
 
 

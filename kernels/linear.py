@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from .checks import check_alike
 from .dispatch import onednn_serves
 
-# Multiples of the rows that oneDNN is given, of many and of few.
-ROWS, FEW_ROWS = 64, 8
+# Multiples of the rows that oneDNN is given: of many, of a few hundred, and of few.
+ROWS, SOME_ROWS, FEW_ROWS = 256, 64, 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,10 +52,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K
     """
     if not onednn_serves(a) or a.numel() == 0:  # a sum over nothing is beyond oneDNN
         return F.linear(a, b, bias)
-    missing = -len(a) % (ROWS if len(a) > ROWS else FEW_ROWS)
+    count = len(a)
+    missing = -count % (ROWS if count > 2 * ROWS else SOME_ROWS if count > SOME_ROWS else FEW_ROWS)
     if not missing:
         return _multiply(a, b, bias)
-    return _multiply(F.pad(a, (0, 0, 0, missing)), b, bias)[: len(a)]
+    return _multiply(F.pad(a, (0, 0, 0, missing)), b, bias)[:count]
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,12 +15,12 @@ from statistics import fmean, stdev
 from ..data.trajectories import Expert
 from ..engine.batch import Batch, Example, pack
 from ..engine.errors import UserError
-from ..engine.exact import ROWS
 from ..engine.metrics import Timer, peak_memory_gib
 from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
 from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import Update, level
+from ..kernels.linear import ROWS
 from ..rewards.curriculum import score, structure_schedule
 from ..rollout.trajectory import Group
 from .experts import Experts

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ..data.trajectories import Expert
 from ..engine.batch import balance, pack
-from ..engine.exact import ROWS
 from ..engine.objective import count, sft_loss, weigh
 from ..engine.schedule import Schedule
 from ..engine.tokenizer import Tokenizer
+from ..kernels.linear import ROWS
 from ..rollout.grammar import all_tags
 from .experts import Experts
 from .policy import Policy, create_policy, load_policy, save_policy
