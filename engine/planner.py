@@ -316,10 +316,10 @@ class _Rank:
         width = min(model.vocab_size, eager_logprob.SLICE_COLUMNS)
         sums = 2 * 4 * model.hidden_size * width  # of a slice of the head, and a part to add or a copy
         kept = T * eager_logprob.kept_columns(T, model.vocab_size)
-        forward = 4 * kept + self.slice_up + self.tile * (1 if self.is_whole and kept else 2)  # with the entropy
+        forward = 4 * kept + self.slice_up + self.tile * 2  # with the entropy
         tiles = self.tile
-        if self.is_whole:
-            tiles = min(4 * kept, 2 * eager_logprob.KEPT_ELEMENTS) if kept else 2 * self.tile
+        if self.is_whole:  # and a copy of them, transposed
+            tiles = 2 * min(4 * kept, 2 * eager_logprob.KEPT_ELEMENTS) if kept else 2 * self.tile
         return max(forward, head + 4 * T * model.hidden_size + self.slice_up + sums + 4 * kept + tiles)
 
     @property
