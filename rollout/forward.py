@@ -27,7 +27,7 @@ from ..kernels.rotary import apply_rotary, write_rotated
 from ..kernels.sampling import Drawn, sample_tokens
 from .cache import BlockTables, KVCache
 from .draw import Draws
-from .replay import Replay, Step
+from .replay import Inputs, Replay
 from .scheduler import Chunk
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -120,7 +120,7 @@ class Forward:
         if self._form == "triton":
             if self._replay is None:
                 self._replay = Replay(self._step, self._make_plan)
-            return self._replay(ids, Step(tables, lengths, slots, draws, same_rows))
+            return self._replay(ids, Inputs(tables, lengths, slots, draws, same_rows))
         if self._form == "eager":
             self._cascade.set(tables, lengths)
             attend: Attend = self._cascade

@@ -26,7 +26,7 @@ Compute = Callable[[Tensor, Tensor, Tensor, DecodePlan, tuple[Tensor, ...]], Dra
 """Ids, positions and slots [B], attention, and the arguments of ``sample_tokens`` behind the logits."""
 
 
-class Step(NamedTuple):
+class Inputs(NamedTuple):
     """What the host knows of a decoding step of N rows."""
 
     tables: NDArray[np.int32]  # [N, blocks]
@@ -50,15 +50,15 @@ class Replay:
         self._last: tuple[int, int] | None = None  # of the steps, the one that was run
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def __call__(self, ids: Tensor, step: Step) -> Drawn:
+    def __call__(self, ids: Tensor, inputs: Inputs) -> Drawn:
         """Computes the tokens ``ids`` [N] int64, which lie on the device, and draws the next."""
-        size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (step.tables.shape[1] - 1).bit_length())
+        size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (inputs.tables.shape[1] - 1).bit_length())
         if size not in self._steps:
             self._steps[size] = _FixedStep(self._compute, self._make_plan(*size), self._pool)
         if self._last != size:
-            step = step._replace(same_rows=False)
+            inputs = inputs._replace(same_rows=False)
         self._last = size
-        return self._steps[size](ids, step)
+        return self._steps[size](ids, inputs)
 
 
 class _FixedStep:
@@ -74,8 +74,8 @@ class _FixedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._drawn: Drawn | None = None
 
-    def __call__(self, ids: Tensor, step: Step) -> Drawn:
-        tables, lengths, slots, draws, same_rows = step
+    def __call__(self, ids: Tensor, inputs: Inputs) -> Drawn:
+        tables, lengths, slots, draws, same_rows = inputs
         count = len(ids)
         (self._plan.update if same_rows else self._plan.set)(tables, lengths)
         self._ids[:count].copy_(ids)

@@ -73,7 +73,10 @@ def test_tokens_do_not_depend_on_the_load(model, episodes, load, is_behind):
     if "blocks" in LOADS[load]:
         assert engine.stats["preemptions"] + engine.stats["evictions"] > 3
         kept = LOADS[load].get("preemption") == "keep"
-        assert (engine.stats["recomputed_tokens"] == 0) == kept or is_behind
+        if not kept:
+            assert engine.stats["recomputed_tokens"] > 0
+        elif not is_behind:  # where the host is behind, a token that was on its way is drawn again
+            assert engine.stats["recomputed_tokens"] == 0
 
 
 def test_the_draw_differs_with_the_seed(model):
