@@ -14,7 +14,7 @@ from .task import Task
 
 if TYPE_CHECKING:
     from ..engine.tokenizer import Tokenizer
-    from .sandbox.client import Execution
+    from .sandbox.execution import Execution
 
 Writer = Literal["prompt", "model", "environment", "forced"]
 Status = Literal["answered", "void", "turn_limit", "token_limit", "error_limit", "failed"]

@@ -4,7 +4,7 @@ import os
 import textwrap
 
 from groupwise.rollout.sandbox import Execution, Limits, Sandbox
-from groupwise.rollout.sandbox.run import descendants
+from groupwise.rollout.sandbox.tree import descendants
 
 LIMITS = Limits(wall_s=3, cpu_s=2, memory_gib=0.125, processes=8, file_mib=1, output_bytes=4096)
 PRELUDE = "import sys, time\nos = sys.modules['os']\n"

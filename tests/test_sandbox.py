@@ -13,7 +13,8 @@ from sandboxes import LIMITS, attack, left_behind
 
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Limits, Sandbox, calls, client
-from groupwise.rollout.sandbox.run import Capture, descendants
+from groupwise.rollout.sandbox.run import Capture
+from groupwise.rollout.sandbox.tree import descendants
 
 MEAN = "import pandas as pd\ndf = pd.read_csv('t.csv')\nprint(df['a'].mean())"
 DOUBLE_FORK = (

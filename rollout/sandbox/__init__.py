@@ -1,6 +1,8 @@
-"""Isolated execution of model-written code: `Sandbox`, its `Limits`, and the `Execution` that comes back."""
+"""Isolated execution of model-written code: `Sandbox`, its `Session` and `Limits`, and the `Execution` that comes back."""
 
-from .client import Execution, Sandbox
+from .client import Sandbox
+from .execution import Execution
 from .limits import Limits
+from .session import Session
 
-__all__ = ["Execution", "Limits", "Sandbox"]
+__all__ = ["Execution", "Limits", "Sandbox", "Session"]

@@ -1,171 +1,118 @@
 """The process that runs model code: it gives up every right, replays the history, runs the new chunk, and exits.
 
-`run_child` never returns. Its exit status is the verdict: 0 ok, 1 error, `MEMORY` out of
-memory, `UNCONFINED` when it could not give up its rights and so ran nothing.
+`run_child` never returns. Its exit status is the verdict: DONE, FAILED or MEMORY of `cells.py`, or `UNCONFINED` when it
+could not give up its rights and so ran nothing. With a control socket it stays, as `paused.py` tells.
 """
 
 from __future__ import annotations
 
-import gc
-import io
-import linecache
+import fcntl
 import math
 import os
-import random
 import resource
+import socket
 import sys
-import traceback
-import types
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from . import kernel
+from . import kernel, seccomp
+from .cells import FAILED, REPORT, Cells
+from .job import Job
 from .kernel import Features
-from .limits import Job, Limits
+from .limits import Limits
+from .paused import supervise
 
-MEMORY, UNCONFINED = 97, 98
-MAX_FRAMES = 3
-MAX_ERROR_CHARS = 400
+UNCONFINED = 98
+CONTROL = 4  # descriptor of the control socket
+SPARE = 128  # from here on, descriptors are out of the way of those with fixed numbers
 
 
 def run_child(
-    job: Job, limits: Limits, features: Features, folder: str, readable: tuple[str, ...], output: int, baseline: int
+    job: Job,
+    limits: Limits,
+    features: Features,
+    folder: str,
+    readable: tuple[str, ...],
+    output: int,
+    control: int | None,
+    baseline: int,
 ) -> NoReturn:
     """Runs a job in this process.
 
     Args:
         folder: its private working folder, with the task's files in it.
         readable: what Landlock lets it read.
-        output: the descriptor that takes stdout and stderr.
+        output: descriptor that takes stdout and stderr.
+        control: descriptor of the socket by which a session's chunks come, None for one execution.
         baseline: bytes of address space that the interpreter already has.
     """
     try:
-        report = _confine(limits, features, folder, readable, output, baseline)
+        _confine(limits, features, folder, readable, output, control, baseline)
     except BaseException as error:
         os.write(output, f"the sandbox could not be set up: {error!r}".encode())
         os._exit(UNCONFINED)
-    try:
-        status = _run(job, report)
-    except BaseException:
-        status = 1
+    status = FAILED
+    with suppress(BaseException):
+        if job.packages:
+            sys.path.append(job.packages)
+        if control is not None:
+            supervise(socket.socket(fileno=CONTROL), job.history)
+        status = _run(job)
     os._exit(status)
 
 
 def _confine(
-    limits: Limits, features: Features, folder: str, readable: tuple[str, ...], output: int, baseline: int
-) -> int:
-    """Leaves only what model code may have; returns a copy of the output descriptor, for the error report."""
+    limits: Limits,
+    features: Features,
+    folder: str,
+    readable: tuple[str, ...],
+    output: int,
+    control: int | None,
+    baseline: int,
+) -> None:
+    """Leaves only what model code may have; the descriptors are REPORT and CONTROL then."""
     os.setsid()
+    _place_descriptors(output, control)
     if features.nested:
-        kernel.unshare(features.per_job)
+        kernel.enter_own(features.per_job, folder)
+    place = kernel.WORK if features.work else folder
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # Where memory ends, this process goes first.
     kernel.limit(resource.RLIMIT_CORE, 0)
     kernel.limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s), spare=1)
     kernel.limit(resource.RLIMIT_FSIZE, limits.file_mib * 2**20)
     kernel.limit(resource.RLIMIT_NOFILE, 256)
     kernel.limit(resource.RLIMIT_AS, baseline + limits.memory_gib * 2**30)
-    if features.per_job & kernel.CLONE_NEWUSER:
-        kernel.limit(resource.RLIMIT_NPROC, limits.processes + 1)
-    os.chdir(folder)
-    os.environ.update(HOME=folder, TMPDIR=folder)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    report = os.dup2(output, 3)
-    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if features.counted:
+        # A session's two own processes come on top.
+        kernel.limit(resource.RLIMIT_NPROC, limits.processes + (1 if control is None else 3))
+    os.chdir(place)
+    os.environ.update(HOME=place, TMPDIR=place)
+    if features.counted and os.getuid() == 0:
+        kernel.own_user()
     kernel.drop_privileges()
     if features.landlock:
-        kernel.restrict_files(features.landlock, readable, folder)
-    return report
+        kernel.restrict_files(features.landlock, readable, place)
+    if features.calls:
+        seccomp.restrict_calls(features.calls)
 
 
-def _run(job: Job, report: int) -> int:
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
-    stream = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "backslashreplace")
-    _print_to(stream)
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    sys.argv = [""]
-    random.seed(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
-    gc.enable()
-    for number, chunk in enumerate(job.history, 1):
-        _execute(chunk, number, main.__dict__, lambda text: None)
-    _flush()
-    # The history wrote to /dev/null through the same descriptors, so nothing of it can come out late.
-    os.dup2(report, 1)
-    os.dup2(report, 2)
-    _print_to(stream)
-    return _execute(job.code, len(job.history) + 1, main.__dict__, lambda text: _write(report, text))
+def _place_descriptors(output: int, control: int | None) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    null, output = (fcntl.fcntl(descriptor, fcntl.F_DUPFD, SPARE) for descriptor in (null, output))
+    if control is not None:
+        control = fcntl.fcntl(control, fcntl.F_DUPFD, SPARE)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.dup2(output, REPORT)
+    if control is not None:
+        os.dup2(control, CONTROL)
+    os.closerange(CONTROL if control is None else CONTROL + 1, kernel.MAX_FILES)
 
 
-def _print_to(stream: io.TextIOWrapper) -> None:
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
-        setattr(sys, name, stream)
-
-
-def _execute(code: str, number: int, namespace: dict[str, object], say: Callable[[str], None]) -> int:
-    """Runs one chunk; returns its exit status."""
-    name = f"<cell {number}>"
-    # The traceback module finds the source of a cell here.
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-    try:
-        exec(compile(code, name, "exec", dont_inherit=True), namespace)
-        status = 0
-    except SystemExit as leaving:
-        status = 0 if leaving.code in (None, 0) else 1
-        if isinstance(leaving.code, str):
-            say(leaving.code + "\n")
-    except MemoryError:
-        _flush()
-        say("MemoryError\n")
-        return MEMORY
-    except BaseException as error:
-        _flush()
-        say(short_traceback(error))
-        return 1
-    _flush()
-    return status
-
-
-def short_traceback(error: BaseException) -> str:
-    """The error as a notebook shows it, but short: only the cells' frames, the last few, then the error's last lines.
-
-    Example: `cell 1, line 3: print(df["x"])` and on the next line `KeyError: 'x'`.
-    """
-    lines = []
-    try:
-        for frame, number in traceback.walk_tb(error.__traceback__):
-            code = frame.f_code
-            # Only these: to look up a line of a library, its whole source would be read.
-            if code.co_filename.startswith("<cell "):
-                where = "" if code.co_name == "<module>" else f", in {code.co_name}"
-                line = linecache.getline(code.co_filename, number).strip()
-                lines.append(f"{code.co_filename[1:-1]}, line {number}{where}: {line}")
-        if isinstance(error, SyntaxError) and (error.filename or "").startswith("<cell "):
-            source = (error.text or "").strip()
-            lines.append(f"{(error.filename or '')[1:-1]}, line {error.lineno}: {source}")
-            last = f"{type(error).__name__}: {error.msg}"
-        else:
-            last = traceback.format_exception_only(type(error), error)[-1].strip()
-    except BaseException:  # An exception whose own methods raise.
-        last = type(error).__name__
-    if len(last) > MAX_ERROR_CHARS:
-        last = last[: MAX_ERROR_CHARS // 2] + " ... " + last[-MAX_ERROR_CHARS // 2 :]
-    return "\n".join([*lines[-MAX_FRAMES:], last]) + "\n"
-
-
-def _flush() -> None:
-    """What model code did to its streams is its own affair."""
-    for stream in (sys.stdout, sys.__stdout__):
-        with suppress(BaseException):
-            stream.flush()  # type: ignore[union-attr]
-
-
-def _write(descriptor: int, text: str) -> None:
-    data = text.encode("utf-8", "backslashreplace")
-    with suppress(OSError):
-        while data:
-            data = data[os.write(descriptor, data) :]
+def _run(job: Job) -> int:
+    output = fcntl.fcntl(REPORT, fcntl.F_DUPFD, SPARE)
+    os.dup2(1, REPORT)  # The history's errors are not shown again.
+    cells = Cells()
+    cells.replay(job.history)
+    return cells.run(job.code, output)

@@ -1,15 +1,20 @@
-"""`Sandbox`: runs model-written Python apart from this process, in milliseconds, and leaves nothing behind.
+"""`Sandbox`: runs model-written Python and SQL apart from this process, in milliseconds, and leaves nothing behind.
 
     with Sandbox(Limits(wall_s=5)) as sandbox:
         print(sandbox.run("import pandas as pd; print(pd.read_csv('t.csv').shape)", files=["/data/t.csv"]).output)
+        with sandbox.open(["/data/t.csv"]) as session:  # chunk after chunk, like a notebook
+            session.run("x = 1")
+            print(session.run("print(x)").output)
 
 A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the child
 has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes
-only in its private folder, and starts no program (`kernel.py`; `Sandbox.enforced()` lists what holds here).
+only in its private folder, and starts no program (`kernel.py`, `seccomp.py`, `cgroup.py`; `Sandbox.enforced()` lists what
+holds here, and `python -m groupwise.rollout.sandbox` tries it).
 
 Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths
-exist; use of the processors up to the limits; many files that are each small; and, without namespaces, UDP
-traffic and changes of mode or owner of files that belong to the user.
+exist; use of the processors up to the limits; a disk that many small files fill until the execution ends; and, without
+namespaces, changes of mode or owner of files that belong to the user, and signals to the user's other processes where
+Landlock is older than version 6.
 """
 
 from __future__ import annotations
@@ -24,17 +29,22 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...engine.errors import UserError
+from . import cgroup
 from .calls import refusal
+from .execution import Execution
+from .job import Job, Language
 from .limits import Limits
+from .session import Session
 
 HERE = str(Path(__file__).parent)
 # The server's files are loaded as a package of their own: importing this one would need its dependencies there.
@@ -59,23 +69,6 @@ CLOSE_S = 5.0
 ATTEMPTS = 2
 
 
-@dataclass(frozen=True)
-class Execution:
-    """The result of one execution.
-
-    Args:
-        ok: whether the code ended without an error, by its exit status.
-        output: stdout and stderr, capped, with a short traceback or the reason at the end if it failed.
-        verdict: "ok", "error", "timeout", "memory", "killed" (crashed or ended from outside), "refused".
-        wall_s: seconds, replayed history included, waiting for a worker not.
-    """
-
-    ok: bool
-    output: str
-    verdict: str
-    wall_s: float
-
-
 @dataclass
 class _Pending:
     request: bytes
@@ -88,10 +81,12 @@ class _Link:
 
     def __init__(self, limits: Limits, workers: int) -> None:
         self.limits, self.workers = limits, workers
-        self.lock = threading.Lock()
+        # A sandbox may be collected in any thread at any line, also in one that holds this.
+        self.lock = threading.RLock()
         self.pending: dict[int, _Pending] = {}
         self.closed = False
         self.restarts = 0
+        self.groups: list[str] = []
         self.base = tempfile.mkdtemp(prefix="groupwise-sandbox-")
         try:
             self.hello = self._start()
@@ -127,16 +122,26 @@ class _Link:
                 reason = lines[-1] if lines else ended
                 raise UserError(f"the sandbox server did not start: {reason}") from error
             self.channel.settimeout(None)
-        return dict(json.loads(frame))
+        hello = dict(json.loads(frame))
+        self.groups = hello["groups"]
+        return hello
 
-    def send(self, number: int, pending: _Pending) -> None:
+    def send(self, job: Job, future: Future[Execution]) -> None:
+        """Sends a job, whose result comes as the future's."""
+        pending = _Pending(_frame(asdict(job)), future)
         with self.lock:
             if self.closed:
                 raise RuntimeError("the sandbox is closed")
-            self.pending[number] = pending
+            self.pending[job.id] = pending
             # If the server died, the reader starts another one and sends again.
             with suppress(OSError):
                 self.channel.sendall(pending.request)
+
+    def forget(self, session: int) -> None:
+        """Lets the server end a session's paused process; a server that died has none."""
+        with self.lock, suppress(OSError):
+            if not self.closed:
+                self.channel.sendall(_frame({"close": session}))
 
     def _read_replies(self) -> None:
         while True:
@@ -153,8 +158,11 @@ class _Link:
             if "failure" in result:
                 _settle(pending.future, error=RuntimeError(result["failure"]))
             else:
-                verdict = result["verdict"]
-                _settle(pending.future, Execution(verdict == "ok", result["output"], verdict, result["wall_s"]))
+                verdict, retried = result["verdict"], pending.attempts > 1
+                execution = Execution(
+                    verdict == "ok", result["output"], verdict, result["wall_s"], result.get("table"), retried
+                )
+                _settle(pending.future, execution)
 
     def _restart(self) -> bool:
         """After the server died: another one gets what was under way once more; False when closed or impossible."""
@@ -164,6 +172,7 @@ class _Link:
                 return False
             self._end_process(0.0)
             try:
+                cgroup.remove(self.groups)
                 _empty(self.base)
                 self._start()
                 self.restarts += 1
@@ -174,6 +183,12 @@ class _Link:
                     _settle(pending.future, error=failure)
                 self.pending.clear()
                 return False
+            warnings.warn(
+                "the sandbox server was ended from outside and started anew; executions under way "
+                f"({len(self.pending)}) are tried once more",
+                RuntimeWarning,
+                stacklevel=1,
+            )
             for number, pending in list(self.pending.items()):
                 pending.attempts += 1
                 if pending.attempts > ATTEMPTS:
@@ -184,7 +199,8 @@ class _Link:
                 except OSError:
                     break  # It died again; the reader sees that next.
         for pending in lost:
-            _settle(pending.future, Execution(False, "Killed: the sandbox server was ended twice\n", "killed", 0.0))
+            message = "Killed: the sandbox server was ended twice\n"
+            _settle(pending.future, Execution(False, message, "killed", 0.0, retried=True))
         return True
 
     def close(self) -> None:
@@ -200,6 +216,7 @@ class _Link:
         for pending in self.pending.values():
             _settle(pending.future, error=RuntimeError("the sandbox was closed before this execution ended"))
         self.pending.clear()
+        cgroup.remove(self.groups)
         _empty(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
 
@@ -224,16 +241,22 @@ class Sandbox:
     Args:
         limits: what one execution may use.
         workers: executions at once.
+        execution: how a session keeps its state: "replay" runs the chunks before again, "forked" keeps a paused process
+            for each session, which takes memory instead of time and needs PID namespaces; without them it replays.
 
     Raises:
         UserError: the server cannot start, or the machine isolates nothing and `limits.isolation` is "auto".
     """
 
-    def __init__(self, limits: Limits | None = None, workers: int = 2) -> None:
+    def __init__(
+        self, limits: Limits | None = None, workers: int = 2, *, execution: Literal["replay", "forked"] = "replay"
+    ) -> None:
         if sys.platform != "linux":
             raise UserError(f"the sandbox needs Linux, this is {sys.platform}")
         if workers < 1:
             raise UserError(f"workers is {workers}; expected at least 1")
+        if execution not in ("replay", "forked"):
+            raise UserError(f"execution is {execution!r}; expected 'replay' or 'forked'")
         self.limits = limits or Limits()
         self._link = _Link(self.limits, workers)
         # Runs at garbage collection and at interpreter exit, once.
@@ -245,18 +268,37 @@ class Sandbox:
                 "this machine grants neither namespaces nor Landlock, so model code cannot be isolated; "
                 "set isolation = 'none' to run it nevertheless"
             )
+        self._forks = execution == "forked" and self._link.hello["nested"]
 
-    def run(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Execution:
+    def open(self, files: Sequence[str] = (), language: Language = "python") -> Session:
+        """A session of chunks over some files; see `Session`.
+
+        Args:
+            files: paths that the code sees under their basenames in its working folder, read-only.
+            language: "python", or "sql" for queries of .sqlite and .csv files.
+
+        Raises:
+            UserError: a file is missing, two have the same name, or the language is another.
+        """
+        number = next(self._numbers) if self._forks and language == "python" else None
+        return Session(self._submit, self._link.forget, task_files(files), language, number)
+
+    def run(
+        self, code: str, files: Sequence[str] = (), history: Sequence[str] = (), language: Language = "python"
+    ) -> Execution:
         """Runs one chunk and waits for it; see `submit`."""
-        return self.submit(code, files, history).result()
+        return self.submit(code, files, history, language).result()
 
-    def submit(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
-        """Runs one chunk of Python.
+    def submit(
+        self, code: str, files: Sequence[str] = (), history: Sequence[str] = (), language: Language = "python"
+    ) -> Future[Execution]:
+        """Runs one chunk.
 
         Args:
             code: the new chunk; only its output is returned.
             files: paths that the code sees under their basenames in its working folder, read-only.
             history: earlier chunks, run again before it in the same namespace with their output discarded.
+            language: "python" or "sql".
 
         Returns:
             A future of the result. It raises RuntimeError where the sandbox itself failed (no space left, closed).
@@ -264,20 +306,16 @@ class Sandbox:
         Raises:
             UserError: a file is missing, or two have the same name.
         """
-        paths = [os.path.abspath(path) for path in files]
-        for path in paths:
-            if not os.path.isfile(path):
-                raise UserError(f"the task's file {path} does not exist")
-        if len({os.path.basename(path) for path in paths}) < len(paths):
-            raise UserError(f"two of the task's files have the same name: {', '.join(paths)}")
+        return self._submit(code, history, task_files(files), language, None)
+
+    def _submit(
+        self, code: str, history: Sequence[str], files: Sequence[str], language: Language, session: int | None
+    ) -> Future[Execution]:
         future: Future[Execution] = Future()
-        if reason := refusal(code):
+        if language == "python" and (reason := refusal(code)):
             future.set_result(Execution(False, reason + "\n", "refused", 0.0))
             return future
-        number = next(self._numbers)
-        request = {"id": number, "code": code, "history": list(history), "files": paths}
-        data = json.dumps(request).encode()
-        self._link.send(number, _Pending(struct.pack(">I", len(data)) + data, future))
+        self._link.send(Job(next(self._numbers), code, list(history), list(files), language, session), future)
         return future
 
     def enforced(self) -> tuple[str, ...]:
@@ -303,6 +341,26 @@ class Sandbox:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def task_files(files: Sequence[str]) -> list[str]:
+    """Absolute paths of a task's files.
+
+    Raises:
+        UserError: one is missing, or two have the same name.
+    """
+    paths = [os.path.abspath(path) for path in files]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"the task's file {path} does not exist")
+    if len({os.path.basename(path) for path in paths}) < len(paths):
+        raise UserError(f"two of the task's files have the same name: {', '.join(paths)}")
+    return paths
+
+
+def _frame(message: dict[str, Any]) -> bytes:
+    data = json.dumps(message).encode()
+    return struct.pack(">I", len(data)) + data
 
 
 def _receive(channel: socket.socket) -> bytes:

@@ -1,6 +1,7 @@
 """What the Linux kernel enforces on model code, by direct system calls: namespaces, Landlock, capabilities, rlimits.
 
-None of it needs root. Each part is tried once at start; `Features` says which of them this machine grants.
+None of it needs root. Each part is tried once at start; `Features` says which of them this machine grants. The filter
+of system calls is in `seccomp.py`, the limits on all executions together in `cgroup.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from . import seccomp
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -39,6 +42,11 @@ READABLE = (
     "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random",
 )  # fmt: skip
 
+# Every execution sees its working folder here, so what it prints of its paths is the same each time. The place is
+# there on all machines (Filesystem Hierarchy Standard) and holds nothing that an interpreter needs.
+WORK = "/media"
+MAX_FILES = 1 << 16  # descriptors of the server, which holds two for each paused session
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,8 +58,11 @@ class Features:
         namespaces: names, for people.
         read_only_mounts: all but the working folders is mounted read-only.
         nested: each execution gets a PID namespace of its own inside the server's.
-        per_job: flags of the other namespaces that each execution makes for itself.
+        per_job: flags of the other namespaces that each execution makes for itself; with `CLONE_NEWNS` among them it
+            sees its working folder at `WORK`.
         landlock: version of its interface, 0 without.
+        calls: the filter of system calls, None without.
+        counted: each execution has a user of its own, so the kernel counts its processes and threads.
     """
 
     namespaces: tuple[str, ...] = ()
@@ -59,11 +70,18 @@ class Features:
     nested: bool = False
     per_job: int = 0
     landlock: int = 0
+    calls: bytes | None = None
+    counted: bool = False
 
     @property
     def isolates(self) -> bool:
         """Whether there is any isolation at all: enough for `isolation = "auto"`."""
         return bool(self.landlock) or self.nested
+
+    @property
+    def work(self) -> bool:
+        """Whether working folders are seen at `WORK`."""
+        return bool(self.per_job & CLONE_NEWNS)
 
     def describe(self) -> list[str]:
         """One entry for each thing enforced."""
@@ -74,7 +92,10 @@ class Features:
             lines.append("Landlock: writes in the private folder only, no programs started")
             lines += ["Landlock: no TCP"] if self.landlock >= 4 else []
             lines += ["Landlock: no signals or abstract sockets to outside"] if self.landlock >= 6 else []
-        return [*lines, "no new privileges, no capabilities", "rlimits: CPU, address space, file size, files, core"]
+        if self.calls:
+            lines.append("seccomp: no sockets, no programs, no tracing, no mounts")
+        lines += ["no new privileges, no capabilities", "rlimits: CPU, address space, file size, files, core"]
+        return [*lines, *(["rlimits: processes and threads"] if self.counted else [])]
 
 
 def _check(result: int, what: str) -> int:
@@ -131,21 +152,43 @@ def _works(flags: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def _per_job() -> int:
-    """The namespaces that each execution can make for itself, tried in children."""
-    # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; it never binds root.
-    tries = (CLONE_NEWIPC,) if os.getuid() == 0 else (CLONE_NEWIPC | CLONE_NEWUSER, CLONE_NEWIPC)
-    for flags in tries:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                unshare(flags)
-            except OSError:
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(pid, 0)[1] == 0:
+def _succeeds(*steps: Callable[[], object]) -> bool:
+    """Whether all of this can be done, tried in a child."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for step in steps:
+                step()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def _per_job(writable: str) -> int:
+    """The namespaces that each execution can make for itself."""
+    # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; root has `own_user` for it.
+    user = 0 if os.getuid() == 0 else CLONE_NEWUSER
+    for flags in dict.fromkeys((CLONE_NEWIPC | CLONE_NEWNS | user, CLONE_NEWIPC | user, CLONE_NEWIPC)):
+        if _succeeds(lambda flags=flags: enter_own(flags, writable)):  # type: ignore[misc]
             return flags
     return 0
+
+
+def enter_own(flags: int, folder: str) -> None:
+    """Makes the namespaces of one execution, with its working folder at `WORK` if it has mounts of its own."""
+    unshare(flags)
+    if flags & CLONE_NEWNS:
+        mount(folder, WORK, MS_BIND)
+
+
+def own_user() -> None:
+    """Gives root's process a real user id of its own, by which the kernel counts its processes and threads.
+
+    The effective one stays, and with it what it may read. `seccomp.py` keeps the process from changing it back.
+    """
+    own = 1 << 30 | int.from_bytes(os.urandom(4), "big") >> 3
+    os.setresuid(own, 0, 0)
 
 
 def isolate_server(writable: str) -> Features:
@@ -164,11 +207,15 @@ def isolate_server(writable: str) -> Features:
         CLONE_NEWIPC: "ipc",
     }
     wanted = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWPID
-    # Root without user namespaces may still have the others.
-    flags = next((flags for flags in (wanted, wanted & ~CLONE_NEWUSER) if _works(flags)), 0)
+    # Root needs no user namespace for the others, and inside one it has but one user id.
+    tries = (wanted & ~CLONE_NEWUSER, wanted) if os.getuid() == 0 else (wanted,)
+    flags = next((flags for flags in tries if _works(flags)), 0)
+    calls = seccomp.program()
+    if calls and not _succeeds(no_new_privileges, lambda: seccomp.restrict_calls(calls)):
+        calls = None
     if not flags:
         adopt_orphans()
-        return Features(landlock=landlock_version())
+        return Features(landlock=landlock_version(), calls=calls)
     unshare(flags)
     read_only = False
     try:
@@ -177,9 +224,10 @@ def isolate_server(writable: str) -> Features:
     except OSError:
         pass  # Some containers lock their mounts; Landlock does not depend on this.
     _become_first_process()
-    per_job = _per_job()
+    per_job = _per_job(writable)
+    counted = bool(per_job & CLONE_NEWUSER) or (calls is not None and os.getuid() == 0 and _succeeds(own_user))
     granted = tuple(name for flag, name in names.items() if (flags | per_job) & flag)
-    return Features(granted, read_only, True, per_job, landlock_version())
+    return Features(granted, read_only, True, per_job, landlock_version(), calls, counted)
 
 
 def _become_first_process() -> None:
@@ -203,11 +251,13 @@ def _become_first_process() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _read_only_mounts(writable: str) -> None:
-    def mount(source: str | None, target: str, flags: int) -> None:
-        encoded = source.encode() if source else None
-        _check(_libc.mount(encoded, target.encode(), None, ctypes.c_ulong(flags), None), "mount")
+def mount(source: str | None, target: str, flags: int) -> None:
+    """The system call, without a type or data."""
+    encoded = os.fsencode(source) if source else None
+    _check(_libc.mount(encoded, os.fsencode(target), None, ctypes.c_ulong(flags), None), "mount")
 
+
+def _read_only_mounts(writable: str) -> None:
     def set_attributes(path: str, recursive: int, on: int, off: int) -> None:
         attributes = struct.pack("QQQQ", on, off, 0, 0)
         arguments = (AT_FDCWD, path.encode(), recursive, attributes, ctypes.c_size_t(len(attributes)))
@@ -276,12 +326,17 @@ def adopt_orphans() -> None:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0), "prctl")
 
 
+def no_new_privileges() -> None:
+    """No program that is started gets more rights than this process; a filter of calls needs it."""
+    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0), "prctl")
+
+
 def drop_privileges() -> None:
     """Gives up every capability, and the ways to get one."""
     capability = 0
     while _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) == 0:
         capability += 1
-    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0), "prctl")
+    no_new_privileges()
     _check(_libc.capset(struct.pack("Ii", CAP_VERSION_3, 0), struct.pack("6I", *[0] * 6)), "capset")
     # Others of the same user may not trace or read it.
     _check(_libc.prctl(PR_SET_DUMPABLE, ctypes.c_ulong(0), 0, 0, 0), "prctl")

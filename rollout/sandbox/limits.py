@@ -36,13 +36,3 @@ class Limits:
             value = getattr(self, item.name)
             if item.name != "isolation" and not value > 0:
                 raise ValueError(f"{item.name} is {value}; expected a number above 0")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One execution as the server sees it."""
-
-    id: int
-    code: str
-    history: list[str]
-    files: list[str]

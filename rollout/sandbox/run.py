@@ -1,38 +1,21 @@
-"""One execution as the server sees it: fork the child, read what it prints, watch it, end its tree, say how it went.
-
-With a PID namespace of its own, the child is its first process: when it dies, the kernel ends everything it started.
-Without one, the server adopts orphans and kills them (`end_orphans`).
-"""
+"""One execution as the server sees it: start it, read what it prints, watch it, and say how it went."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import stat
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from . import kernel
-from .child import MEMORY, UNCONFINED, run_child
-from .kernel import Features
-from .limits import Job, Limits
+from .cells import DONE, MEMORY
+from .child import UNCONFINED
+from .job import Job
+from .paused import ENDED, KEPT
+from .process import Context, Process
+from .tree import private_bytes
 
-COPY_BYTES = 4 * 2**20  # Larger files are linked instead of copied where the kernel keeps them read-only.
 WATCH_S = 0.15
 DRAIN_READS = 64  # of 64 KiB: the largest pipe without privileges holds 1 MiB
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every execution of a server shares."""
-
-    limits: Limits
-    features: Features
-    readable: tuple[str, ...]
-    baseline: int  # bytes of address space of the warm interpreter
 
 
 class Capture:
@@ -64,47 +47,41 @@ class Run:
     """One execution under way.
 
     Attributes:
-        output: descriptor of the pipe with the child's stdout and stderr, not blocking.
-        handle: descriptor that becomes readable when the child ends.
+        process: what runs it.
+        output: descriptor of the pipe with stdout and stderr, not blocking.
         next_look: when `check` has something to do, as `time.monotonic()`.
     """
 
-    def __init__(self, job: Job, context: Context, folder: str) -> None:
-        """Makes the folder and starts the child.
+    def __init__(self, job: Job, context: Context, path: str, paused: Process | None) -> None:
+        """Starts it.
+
+        Args:
+            path: where a new working folder is to be.
+            paused: the session's process, if it is to go on with this chunk.
 
         Raises:
             OSError: no space, no processes left, a file that is gone: nothing remains then.
         """
-        self.job, self.context, self.folder = job, context, folder
+        self.job, self.context = job, context
         self.capture = Capture(context.limits.output_bytes)
         self.reason = ""
+        self.started = time.monotonic()
+        self.output, write_end = os.pipe()
         try:
-            os.mkdir(folder, 0o700)
-            linked = _place_files(job.files, folder, bool(context.features.landlock))
-            self.output, write_end = os.pipe()
-            self.started = time.monotonic()
-            try:
-                self.pid = self._fork(write_end, linked)
-            finally:
-                os.close(write_end)
+            self.process = paused or Process(job, context, path, write_end)
+            # After a replay, the folder that a failed chunk would need is not there to be copied.
+            self._restorable = False
+            if self.process.control is not None:
+                self._restorable = (paused is not None or not job.history) and self.process.folder.save()
+                self.process.send(job.code, write_end)  # One that is gone is seen by its handle.
         except BaseException:
-            remove_folder(folder)
+            os.close(self.output)
             raise
-        self.handle = os.pidfd_open(self.pid)
+        finally:
+            os.close(write_end)
         os.set_blocking(self.output, False)
         self.deadline = self.started + context.limits.wall_s
         self.next_look = min(self.deadline, self.started + WATCH_S)
-
-    def _fork(self, output: int, linked: list[str]) -> int:
-        context = self.context
-        server = os.getpid()
-        pid = kernel.fork_nested() if context.features.nested else os.fork()
-        if pid == 0:
-            if not context.features.nested:
-                kernel.die_with_parent(server)
-            readable = (*context.readable, *linked)
-            run_child(self.job, context.limits, context.features, self.folder, readable, output, context.baseline)
-        return pid
 
     def read(self) -> bool:
         """Takes a piece of the output; False at the end of the stream."""
@@ -115,55 +92,60 @@ class Run:
         self.capture.feed(data)
         return bool(data)
 
-    def check(self, now: float, own_pages: int) -> None:
+    def check(self, now: float) -> None:
         """Kills the child if its time is over, or its tree has too many processes or too much memory.
 
-        rlimits see single processes, and root is exempt from the one on their number.
+        rlimits see single processes, and not everywhere their number.
         """
         limits = self.context.limits
         if now >= self.deadline:
             self.reason = "timeout"
         else:
-            tree = descendants(_outer_pid(self.handle))
-            pages = sum(max(0, private_pages(pid) - own_pages) for pid in tree)
+            tree = self.process.tree()
+            used = sum(max(0, private_bytes(pid) - self.context.own_bytes) for pid in tree)
             if len(tree) > limits.processes:
                 self.reason = "processes"
-            elif pages * PAGE > limits.memory_gib * 2**30:
+            elif used > limits.memory_gib * 2**30:
                 self.reason = "memory"
             self.next_look = min(self.deadline, time.monotonic() + WATCH_S)
         if self.reason:
-            self.kill()
+            self.process.kill()
             self.next_look = float("inf")
 
-    def kill(self) -> None:
-        """Ends the child, and with it or right after it all that it started."""
-        try:
-            if not self.context.features.nested:
-                os.killpg(self.pid, signal.SIGKILL)
-            os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    def finish(self, running: set[int]) -> dict[str, Any]:
-        """Reaps the child, ends what it left behind, and gives the result.
+    def finish(self, running: set[int]) -> tuple[dict[str, Any] | None, Process | None]:
+        """Ends what is to end and gives the result, and the process of a session that waits for its next chunk.
 
         Args:
-            running: process ids of the other executions, which stay.
+            running: numbers of the other executions' children, which stay.
+
+        Returns:
+            No result if the session's process was lost in a way that only a replay can tell the outcome of.
         """
-        self.kill()
-        status, usage = os.wait4(self.pid, 0)[1:]
+        answer = b"" if self.reason else self.process.answer()
+        kept = answer == KEPT
+        if answer.startswith(ENDED):
+            status, cpu_s = int(answer.split()[1]), float(answer.split()[2])
+            kept = os.waitstatus_to_exitcode(status) != DONE and self._restorable and self.process.folder.restore()
+        elif kept:
+            status, cpu_s = DONE << 8, 0.0
+            self.process.chunks += 1
+        if not kept:
+            ended = self.process.end(running)
+            status, cpu_s = (status, cpu_s) if answer else ended
         wall_s = time.monotonic() - self.started
-        if not self.context.features.nested:
-            end_orphans(running)
-        # All writers are dead: what is in the pipe is all there is, at most a pipe's capacity.
+        # All writers are dead or stopped: what is in the pipe is all there is, at most a pipe's capacity.
         for _ in range(DRAIN_READS):
             before = self.capture.seen
             if not self.read() or self.capture.seen == before:
                 break
         os.close(self.output)
-        os.close(self.handle)
-        remove_folder(self.folder)
-        verdict, message = self._verdict(status, usage.ru_utime + usage.ru_stime)
+        if not kept:
+            self.process.folder.remove()
+        lost = self.process.control is not None and not (answer or self.reason)
+        return None if lost else self._result(status, cpu_s, wall_s), self.process if kept else None
+
+    def _result(self, status: int, cpu_s: float, wall_s: float) -> dict[str, Any]:
+        verdict, message = self._verdict(status, cpu_s)
         text = self.capture.text()
         if verdict == "failure":
             return {"id": self.job.id, "failure": text}
@@ -186,88 +168,6 @@ class Run:
                 return "timeout", f"TimeoutError: stopped after {limits.cpu_s:g} s of CPU time"
             return "killed", f"Killed: signal {signal.Signals(number).name}"
         code = os.WEXITSTATUS(status)
-        return {0: "ok", MEMORY: "memory", UNCONFINED: "failure"}.get(code, "error"), ""
-
-
-def _place_files(files: list[str], folder: str, protected: bool) -> list[str]:
-    """Puts the task's files into the folder, read-only; returns those linked, which must be readable at their place."""
-    linked = []
-    for path in files:
-        target = os.path.join(folder, os.path.basename(path))
-        if protected and os.path.getsize(path) > COPY_BYTES:
-            linked.append(os.path.realpath(path))
-            os.symlink(linked[-1], target)
-        else:
-            shutil.copyfile(path, target)
-            os.chmod(target, 0o444)
-    return linked
-
-
-def remove_folder(folder: str) -> None:
-    """Removes a working folder, whatever its modes are."""
-
-    def retry(function: Any, path: str, error: Any) -> None:
-        try:
-            os.chmod(os.path.dirname(path), stat.S_IRWXU)
-            if os.path.isdir(path) and not os.path.islink(path):
-                os.chmod(path, stat.S_IRWXU)
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
-        except OSError:
-            pass
-
-    shutil.rmtree(folder, onerror=retry)
-
-
-# ---- processes, by the numbers that /proc shows ----------------------------------------------------------------------
-
-
-def end_orphans(running: set[int]) -> None:
-    """Kills and reaps every child of this process but those named, and what they leave, until none is left."""
-    while True:
-        orphans = [pid for pid in descendants(os.getpid(), depth=1)[1:] if pid not in running]
-        if not orphans:
-            return
-        for pid in orphans:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
-
-
-def descendants(root: int, depth: int = 1 << 30) -> list[int]:
-    """Process ids of `root` and the tree under it."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    parent = int(file.read().rpartition(b")")[2].split()[1])
-            except (OSError, ValueError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(name))
-    found = [root]
-    level = [root]
-    while level and depth:
-        level = [child for pid in level for child in children.get(pid, [])]
-        found += level
-        depth -= 1
-    return found
-
-
-def private_pages(pid: int | str) -> int:
-    """Resident pages of a process that no file backs; 0 if it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm", "rb") as file:
-            fields = file.read().split()
-        return int(fields[1]) - int(fields[2])
-    except (OSError, IndexError):
-        return 0
-
-
-def _outer_pid(handle: int) -> int:
-    """The number of a process in /proc, which may be mounted for another PID namespace than ours; -1 if it is gone."""
-    with open(f"/proc/self/fdinfo/{handle}") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), -1)
+        if code == 0:
+            return "error", "Exited: the code ended its process itself (os._exit)"
+        return {DONE: "ok", MEMORY: "memory", UNCONFINED: "failure"}.get(code, "error"), ""

@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -19,25 +20,32 @@ import sys
 import time
 import warnings
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
-from . import kernel
-from .limits import Job, Limits
-from .run import PAGE, Context, Run, private_pages
+from . import cgroup, kernel
+from .job import Job
+from .limits import Limits
+from .process import Context, Process
+from .run import Run
+from .tree import address_space, private_bytes
+
+SERVER_BYTES = 2**30
+SESSIONS = 512  # paused sessions have two processes each
 
 
 class Server:
-    """The event loop. `workers` executions run at once, the rest wait in order."""
+    """The event loop. `workers` executions run at once, the rest wait in order; paused sessions wait for their next."""
 
     def __init__(self, channel: socket.socket, context: Context, base: str, workers: int) -> None:
         self.channel, self.context, self.base, self.workers = channel, context, base, workers
         self.selector = selectors.DefaultSelector()
         self.waiting: deque[Job] = deque()
-        self.running: dict[int, Run] = {}
+        self.running: dict[int, Run] = {}  # by the number of the child
+        self.paused: dict[int, Process] = {}  # by the number of the session
         self.received = bytearray()
         self.open = True
         self.count = 0
-        self.own_pages = private_pages("self")
 
     def serve(self) -> None:
         """Works until the client is gone, then ends what runs."""
@@ -51,29 +59,39 @@ class Server:
                 now = time.monotonic()
                 for run in self.running.values():
                     if now >= run.next_look:
-                        run.check(now, self.own_pages)
+                        run.check(now)
                 while self.open and self.waiting and len(self.running) < self.workers:
                     self._start(self.waiting.popleft())
         finally:
-            for run in list(self.running.values()):
-                run.finish(set(self.running))
+            for process in [*(run.process for run in self.running.values()), *self.paused.values()]:
+                process.end(self._children())
+                process.folder.remove()
+
+    def _children(self) -> set[int]:
+        return {process.pid for process in self.paused.values()} | self.running.keys()
 
     def _handle(self, key: selectors.SelectorKey) -> None:
         if key.fileobj is self.channel:
             self._receive()
             return
         run: Run = key.data
-        if run.pid not in self.running:
-            return  # Both of its descriptors were ready, and the other came first.
+        if run.process.pid not in self.running:
+            return  # Two of its descriptors were ready, and another came first.
         if key.fd == run.output:
             if not run.read():
                 self.selector.unregister(run.output)
             return
-        if run.output in self.selector.get_map():
-            self.selector.unregister(run.output)
-        self.selector.unregister(run.handle)
-        del self.running[run.pid]
-        self._reply(run.finish(set(self.running)))
+        for source in (run.output, run.process.handle, run.process.control):
+            if source is not None and source in self.selector.get_map():
+                self.selector.unregister(source)
+        del self.running[run.process.pid]
+        result, process = run.finish(self._children())
+        if process is not None and run.job.session is not None:
+            self.paused[run.job.session] = process
+        if result is None:
+            self.waiting.appendleft(replace(run.job, session=None))
+        else:
+            self._reply(result)
 
     def _receive(self) -> None:
         try:
@@ -87,20 +105,34 @@ class Server:
             size = struct.unpack(">I", self.received[:4])[0]
             if len(self.received) < 4 + size:
                 break
-            self.waiting.append(Job(**json.loads(self.received[4 : 4 + size])))
+            message = json.loads(self.received[4 : 4 + size])
             del self.received[: 4 + size]
+            if "close" in message:
+                self._forget(message["close"])
+            else:
+                self.waiting.append(Job(**message))
+
+    def _forget(self, session: int) -> None:
+        if (process := self.paused.pop(session, None)) is not None:
+            process.end(self._children())
+            process.folder.remove()
 
     def _start(self, job: Job) -> None:
+        paused = self.paused.pop(job.session, None) if job.session is not None else None
+        if paused is not None and paused.chunks != len(job.history):
+            paused.end(self._children())
+            paused.folder.remove()
+            paused = None
         self.count += 1
-        folder = os.path.join(self.base, str(self.count))
         try:
-            run = Run(job, self.context, folder)
+            run = Run(job, self.context, os.path.join(self.base, str(self.count)), paused)
         except OSError as error:
             self._reply({"id": job.id, "failure": f"the sandbox could not start an execution: {error}"})
             return
-        self.running[run.pid] = run
-        self.selector.register(run.output, selectors.EVENT_READ, run)
-        self.selector.register(run.handle, selectors.EVENT_READ, run)
+        self.running[run.process.pid] = run
+        for source in (run.output, run.process.handle, run.process.control):
+            if source is not None:
+                self.selector.register(source, selectors.EVENT_READ, run)
 
     def _reply(self, result: dict[str, Any]) -> None:
         try:
@@ -140,16 +172,25 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     channel = socket.socket(fileno=settings["channel"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    features = kernel.isolate_server(settings["base"])
-    hello: dict[str, Any] = {"isolates": features.isolates, "enforced": features.describe()}
     limits = Limits(**settings["limits"])
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, kernel.MAX_FILES) if hard >= 0 else kernel.MAX_FILES, hard))
+    groups = cgroup.enter(os.path.basename(settings["base"]), *_together(limits, settings))
+    features = kernel.isolate_server(settings["base"])
+    enforced = [*features.describe(), *(["cgroup: processes and memory of all executions together"] if groups else [])]
     warm_up()
     gc.collect()
     gc.disable()
     # Forked children then neither scan nor copy what is here.
     gc.freeze()
-    with open("/proc/self/statm", "rb") as file:
-        baseline = int(file.read().split()[0]) * PAGE
-    context = Context(limits, features, kernel.interpreter_paths(), baseline)
+    context = Context(limits, features, kernel.interpreter_paths(), address_space(), private_bytes("self"))
+    server = Server(channel, context, settings["base"], settings["workers"])
+    hello = {"isolates": features.isolates, "nested": features.nested, "enforced": enforced, "groups": groups}
     send(channel, json.dumps(hello).encode())
-    Server(channel, context, settings["base"], settings["workers"]).serve()
+    server.serve()
+
+
+def _together(limits: Limits, settings: dict[str, Any]) -> tuple[int, int]:
+    """Processes and bytes of memory of all executions at once, with room for the server and for paused sessions."""
+    workers = settings["workers"]
+    return workers * (limits.processes + 4) + SESSIONS, int(workers * 2 * limits.memory_gib * 2**30) + SERVER_BYTES
