@@ -1,4 +1,4 @@
-"""The interpreter that model code meets: chunks run one after another in one namespace, errors as a notebook shows them."""
+"""The interpreter that model code meets: chunks run in one namespace, and errors look as in a notebook."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
 
 A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the child
 has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes
-only in its private folder, and starts no program (`kernel.py`, `seccomp.py`, `cgroup.py`; `Sandbox.enforced()` lists what
-holds here, and `python -m groupwise.rollout.sandbox` tries it).
+only in its private folder, and starts no program (`kernel.py`, `seccomp.py`, `cgroup.py`; `Sandbox.enforced()` lists
+what holds here, and `python -m groupwise.rollout.sandbox` tries it).
 
 Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths
 exist; use of the processors up to the limits; a disk that many small files fill until the execution ends; and, without

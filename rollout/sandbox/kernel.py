@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from . import seccomp
 
@@ -170,7 +171,7 @@ def _per_job(writable: str) -> int:
     # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; root has `own_user` for it.
     user = 0 if os.getuid() == 0 else CLONE_NEWUSER
     for flags in dict.fromkeys((CLONE_NEWIPC | CLONE_NEWNS | user, CLONE_NEWIPC | user, CLONE_NEWIPC)):
-        if _succeeds(lambda flags=flags: enter_own(flags, writable)):  # type: ignore[misc]
+        if _succeeds(partial(enter_own, flags, writable)):
             return flags
     return 0
 
@@ -211,7 +212,7 @@ def isolate_server(writable: str) -> Features:
     tries = (wanted & ~CLONE_NEWUSER, wanted) if os.getuid() == 0 else (wanted,)
     flags = next((flags for flags in tries if _works(flags)), 0)
     calls = seccomp.program()
-    if calls and not _succeeds(no_new_privileges, lambda: seccomp.restrict_calls(calls)):
+    if calls and not _succeeds(no_new_privileges, partial(seccomp.restrict_calls, calls)):
         calls = None
     if not flags:
         adopt_orphans()

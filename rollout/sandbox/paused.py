@@ -1,9 +1,9 @@
 """A session whose state is kept: a paused process, forked for each chunk, instead of a replay of what came before.
 
-Three processes live in the PID namespace of a session. The first supervises: it alone talks to the server, and no model
-code ever runs in it. Its child holds the state after the last chunk that succeeded, and waits. A chunk runs in a fork
-of that: if it succeeds, the fork ends the process that it came from and waits in its place; if it fails, it is gone with
-all that it changed in memory, and the other one waits on. Between chunks all but the first are stopped.
+Three processes live in the PID namespace of a session. The first supervises: it alone talks to the server, and no
+model code ever runs in it. Its child holds the state after the last chunk that succeeded, and waits. A chunk runs in a
+fork of that: if it succeeds, the fork ends the process that it came from and waits in its place; if it fails, it is
+gone with all that it changed in memory, and the other one waits on. Between chunks all but the first are stopped.
 """
 
 from __future__ import annotations
