@@ -6,7 +6,9 @@ Versions 1 and 2 of the interface serve; version 2 gives a process that shares i
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from contextlib import suppress
 
 # Of version 1: controller, and the file that takes its limit; version 2 calls the second "memory.max".
@@ -42,11 +44,18 @@ def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     return made
 
 
-def remove(folders: list[str]) -> None:
-    """Removes groups whose processes have ended."""
+def remove(folders: list[str], patience_s: float = 0.0) -> None:
+    """Removes groups whose processes have ended; the kernel may need a moment after the last of them."""
+    deadline = time.monotonic() + patience_s
     for folder in folders:
-        with suppress(OSError):
-            os.rmdir(folder)
+        while True:
+            try:
+                os.rmdir(folder)
+            except OSError as error:
+                if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                    continue
+            break
 
 
 def _own_groups() -> list[tuple[str, dict[str, str]]]:

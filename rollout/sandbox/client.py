@@ -216,7 +216,7 @@ class _Link:
         for pending in self.pending.values():
             _settle(pending.future, error=RuntimeError("the sandbox was closed before this execution ended"))
         self.pending.clear()
-        cgroup.remove(self.groups)
+        cgroup.remove(self.groups, CLOSE_S)
         _empty(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
 
