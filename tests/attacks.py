@@ -81,7 +81,7 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
     "descriptor exhaustion": ("x = [open('/dev/null') for _ in range(10**5)]", {"error"}, "Too many open files"),
     "pipe exhaustion": ("x = [os.pipe() for _ in range(10**5)]", {"error"}, "Too many open files"),
     "full pipes": (
-        "f = load('fcntl')\nwhile True:\n    r, w = os.pipe()\n    f.fcntl(w, 1031, 2**20)\n    os.write(w, b'x' * 2**20)",
+        "f = load('fcntl')\nwhile True:\n    r, w = os.pipe(); f.fcntl(w, 1031, 2**20); os.write(w, b'x' * 2**20)",
         {"error", "memory", "timeout", "killed"},
         "",
     ),
@@ -170,7 +170,8 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
         "True",
     ),
     "shadowing package": (
-        "os.mkdir('statsmodels'); open('statsmodels/__init__.py', 'w').write('1 / 0')\nimport json\nprint(json.dumps(1))",
+        "os.mkdir('statsmodels'); open('statsmodels/__init__.py', 'w').write('1 / 0')\n"
+        "import json\nprint(json.dumps(1))",
         {"ok"},
         "1",
     ),
@@ -197,7 +198,8 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
         "SIG",
     ),
     "a pickle that never ends": (
-        "import pickle\nclass P:\n    def __reduce__(self): return (time.sleep, (60,))\npickle.loads(pickle.dumps(P()))",
+        "import pickle\nclass P:\n    def __reduce__(self): return (time.sleep, (60,))\n"
+        "pickle.loads(pickle.dumps(P()))",
         {"timeout"},
         "stopped after",
     ),
@@ -213,7 +215,8 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
         "",
     ),
     "an archive that climbs": (
-        "import tarfile, io\nt = tarfile.open('a.tar', 'w')\ni = tarfile.TarInfo('../../../../tmp/climbed'); i.size = 1\n"
+        "import tarfile, io\nt = tarfile.open('a.tar', 'w')\n"
+        "i = tarfile.TarInfo('../../../../tmp/climbed'); i.size = 1\n"
         "t.addfile(i, io.BytesIO(b'x')); t.close()\ntarfile.open('a.tar').extractall(filter='fully_trusted')",
         {"error"},
         "Error",
@@ -355,7 +358,7 @@ NETWORK = {
     "TCP of version 6": "s = socket.socket(socket.AF_INET6); s.settimeout(1); s.connect(('::1', {port}))",
     "listen": "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()",
     "UDP": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'x', ('8.8.8.8', 53))",
-    "UDP on the loopback": "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', {port}))",
+    "UDP on the loopback": "s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', {port}))",
     "raw packets": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "abstract socket": "s = socket.socket(socket.AF_UNIX); s.connect('\\0groupwise-test')",

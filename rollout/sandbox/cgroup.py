@@ -14,14 +14,14 @@ from contextlib import suppress
 # Of version 1: controller, and the file that takes its limit; version 2 calls the second "memory.max".
 FILES_V1 = {"pids": "pids.max", "memory": "memory.limit_in_bytes"}
 FILES_V2 = {"pids": "pids.max", "memory": "memory.max"}
-PREFIX = "groupwise-"
+PREFIX = "groupwise-sandbox-"
 
 
 def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     """Puts this process, and all that it starts, into a new group.
 
     Args:
-        name: of the group, unlike those of other servers.
+        name: of the group, starting with PREFIX and unlike those of other servers.
         processes: processes and threads at once.
         memory_bytes: bytes of memory.
 
@@ -31,7 +31,7 @@ def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     made = []
     for parent, files in _own_groups():
         _sweep(parent)
-        folder = os.path.join(parent, PREFIX + name)
+        folder = os.path.join(parent, name)
         try:
             os.mkdir(folder)
             for controller, file in files.items():
@@ -74,7 +74,7 @@ def _own_groups() -> list[tuple[str, dict[str, str]]]:
             places = (f"/sys/fs/cgroup/{controllers}{path}", f"/sys/fs/cgroup/{controllers}")
             place = next((place for place in places if os.path.isdir(place)), places[0])
             found.append((place, {name: FILES_V1[name]}))
-    return found
+    return [(folder, files) for folder, files in found if os.path.exists(os.path.join(folder, "cgroup.procs"))]
 
 
 def _sweep(parent: str) -> None:

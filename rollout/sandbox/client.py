@@ -87,7 +87,7 @@ class _Link:
         self.closed = False
         self.restarts = 0
         self.groups: list[str] = []
-        self.base = tempfile.mkdtemp(prefix="groupwise-sandbox-")
+        self.base = tempfile.mkdtemp(prefix=cgroup.PREFIX)
         try:
             self.hello = self._start()
         except BaseException:
