@@ -124,8 +124,8 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
         {"error"},
         "",
     ),
-    "crash in C": ("load('ctypes').string_at(0)", {"killed"}, "SIG"),
-    "abort": ("os.abort()", {"killed"}, "SIG"),
+    "crash in C": ("load('ctypes').string_at(0)", {"killed"}, "crashed"),
+    "abort": ("os.abort()", {"killed"}, "crashed"),
     "kills itself": ("os.kill(os.getpid(), 11)", {"killed", "ok"}, ""),
     "deep recursion": ("def f(n): return f(n + 1)\nf(0)", {"error"}, "RecursionError"),
     "deeper recursion": (
@@ -195,7 +195,7 @@ ACCIDENTS: dict[str, tuple[str, set[str], str]] = {
         "import pandas as pd, pickle\nclass P:\n    def __reduce__(self): return (os.abort, ())\n"
         "open('p', 'wb').write(pickle.dumps(P()))\npd.read_pickle('p')",
         {"killed"},
-        "SIG",
+        "crashed",
     ),
     "a pickle that never ends": (
         "import pickle\nclass P:\n    def __reduce__(self): return (time.sleep, (60,))\n"

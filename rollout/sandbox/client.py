@@ -151,18 +151,21 @@ class _Link:
                 if not self._restart():
                     return
                 continue
-            with self.lock:
-                pending = self.pending.pop(result["id"], None)
-            if pending is None:
-                continue
-            if "failure" in result:
-                _settle(pending.future, error=RuntimeError(result["failure"]))
-            else:
-                verdict, retried = result["verdict"], pending.attempts > 1
-                execution = Execution(
-                    verdict == "ok", result["output"], verdict, result["wall_s"], result.get("table"), retried
-                )
-                _settle(pending.future, execution)
+            self._deliver(result)
+
+    def _deliver(self, result: dict[str, Any]) -> None:
+        with self.lock:
+            pending = self.pending.pop(result["id"], None)
+        if pending is None:
+            return
+        if "failure" in result:
+            _settle(pending.future, error=RuntimeError(result["failure"]))
+            return
+        verdict, retried = result["verdict"], pending.attempts > 1
+        execution = Execution(
+            verdict == "ok", result["output"], verdict, result["wall_s"], result.get("table"), retried
+        )
+        _settle(pending.future, execution)
 
     def _restart(self) -> bool:
         """After the server died: another one gets what was under way once more; False when closed or impossible."""

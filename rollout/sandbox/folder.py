@@ -65,6 +65,7 @@ class Folder:
                     os.unlink(entry.path)
             for name in os.listdir(self._saved):
                 os.rename(os.path.join(self._saved, name), os.path.join(self.path, name))
+            shutil.copymode(self._saved, self.path)
         except OSError:
             return False
         return True

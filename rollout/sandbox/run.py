@@ -15,6 +15,8 @@ from .process import Context, Process
 from .tree import private_bytes
 
 WATCH_S = 0.15
+# Which of them ends an abort depends on whether the process is the first of its namespace.
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 DRAIN_READS = 64  # of 64 KiB: the largest pipe without privileges holds 1 MiB
 
 
@@ -166,6 +168,8 @@ class Run:
             number = os.WTERMSIG(status)
             if number == signal.SIGXCPU or (number == signal.SIGKILL and cpu_s >= limits.cpu_s - 0.1):
                 return "timeout", f"TimeoutError: stopped after {limits.cpu_s:g} s of CPU time"
+            if number in CRASHES:
+                return "killed", "Killed: the interpreter crashed"
             return "killed", f"Killed: signal {signal.Signals(number).name}"
         code = os.WEXITSTATUS(status)
         if code == 0:
