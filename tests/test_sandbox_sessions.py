@@ -91,14 +91,18 @@ def wait_until_empty(sandbox: Sandbox) -> None:
     assert left_behind(sandbox) == []
 
 
-def test_paused_processes_are_stopped_and_cheap(both: tuple[Sandbox, Sandbox]) -> None:
+def test_the_paused_process_is_stopped_and_alone(both: tuple[Sandbox, Sandbox]) -> None:
     sandbox = both[1]
+    if "pid namespace" not in sandbox.enforced():
+        pytest.skip("needs PID namespaces")
     session = sandbox.open()
     assert session.run(PRELUDE + "if os.fork() == 0:\n    while True: pass").ok
-    paused = descendants(sandbox.server_pid)[2:]
-    assert len(paused) == 3 if "pid namespace" in sandbox.enforced() else not paused
+    deadline = time.monotonic() + 10
+    # What was left running is dead, though the kernel may need a moment to end it.
+    while len(paused := descendants(sandbox.server_pid)[2:]) > 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in paused]
-    assert states[1:] == ["T", "T"] or not paused
+    assert states == ["S", "T"]
     session.close()
     session.close()
     wait_until_empty(sandbox)
