@@ -103,6 +103,9 @@ def _try_chunk(cells: Cells, code: str, output: int, channel: socket.socket, ide
     close(output)
     # The process that this one came from, and whatever the code left running.
     _signal_all(SIGKILL)
+    with suppress(ChildProcessError):
+        while True:
+            wait4(-1, 0)
     channel.send(KEPT)
 
 
