@@ -16,11 +16,12 @@ from contextlib import suppress
 from typing import NoReturn
 
 from . import kernel, seccomp
-from .cells import FAILED, REPORT, Cells
+from .cells import DONE, FAILED, REPORT, Cells
 from .job import Job
 from .kernel import Features
 from .limits import Limits
 from .paused import supervise
+from .sql import SqlError, SqlLimits, run_sql
 
 UNCONFINED = 98
 CONTROL = 4  # descriptor of the control socket
@@ -47,7 +48,8 @@ def run_child(
         baseline: bytes of address space that the interpreter already has.
     """
     try:
-        _confine(limits, features, folder, readable, output, control, baseline)
+        cpu_s = limits.sql_s if job.language == "sql" else limits.cpu_s
+        _confine(limits, cpu_s, features, folder, readable, output, control, baseline)
     except BaseException as error:
         os.write(output, f"the sandbox could not be set up: {error!r}".encode())
         os._exit(UNCONFINED)
@@ -57,12 +59,13 @@ def run_child(
             sys.path.append(job.packages)
         if control is not None:
             supervise(socket.socket(fileno=CONTROL), job.history)
-        status = _run(job)
+        status = _run_query(job, limits) if job.language == "sql" else _run(job)
     os._exit(status)
 
 
 def _confine(
     limits: Limits,
+    cpu_s: float,
     features: Features,
     folder: str,
     readable: tuple[str, ...],
@@ -79,7 +82,7 @@ def _confine(
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # Where memory ends, this process goes first.
     kernel.limit(resource.RLIMIT_CORE, 0)
-    kernel.limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s), spare=1)
+    kernel.limit(resource.RLIMIT_CPU, math.ceil(cpu_s), spare=1)
     kernel.limit(resource.RLIMIT_FSIZE, limits.file_mib * 2**20)
     kernel.limit(resource.RLIMIT_NOFILE, 256)
     kernel.limit(resource.RLIMIT_AS, baseline + limits.memory_gib * 2**30)
@@ -116,3 +119,18 @@ def _run(job: Job) -> int:
     cells = Cells()
     cells.replay(job.history)
     return cells.run(job.code, output)
+
+
+def _run_query(job: Job, limits: Limits) -> int:
+    caps = SqlLimits(
+        sql_s=limits.sql_s,
+        max_bytes=int(min(SqlLimits.max_bytes, limits.file_mib * 2**20)),
+        memory_mib=max(1, int(limits.memory_gib * 1024 / 2)),
+    )
+    names = [os.path.basename(path) for path in job.files]
+    try:
+        text, status = run_sql(job.code, names, job.result_name, limits=caps), DONE
+    except SqlError as error:
+        text, status = str(error), FAILED
+    os.write(REPORT, (text + "\n").encode("utf-8", "replace"))
+    return status

@@ -12,7 +12,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from . import kernel
+from . import kernel, sql
 from .child import run_child
 from .folder import Folder
 from .job import Job
@@ -89,7 +89,8 @@ class Process:
             if not features.nested:
                 kernel.die_with_parent(server)
             packages = (job.packages,) if job.packages else ()
-            readable = (*context.readable, *self.folder.linked, *packages)
+            engines = sql.READABLE if job.language == "sql" else ()
+            readable = (*context.readable, *self.folder.linked, *packages, *engines)
             control = None if theirs is None else theirs.fileno()
             run_child(job, context.limits, features, self.folder.path, readable, output, control, context.baseline)
         return pid

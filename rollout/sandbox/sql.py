@@ -40,6 +40,9 @@ NOTHING = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*", re.DOTALL)
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_CHARS = 10, 20, 40
 ONE_READ = "only one query that reads is allowed (SELECT, WITH, VALUES, EXPLAIN)"
 
+# What DuckDB looks at as it starts.
+READABLE = ("/proc/self/cgroup", "/proc/meminfo", "/sys/fs/cgroup")
+
 READS = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
 EFFECTS = ("load_extension", "fts3_tokenizer")
 # The last two are what full-text indexes ask for themselves when they are read; they may not be set.
@@ -204,7 +207,7 @@ def _authorizer(refused: list[str]) -> Callable[..., int]:
                 return sqlite3.SQLITE_OK
             refused.append(f"the function {second} is not available here")
         elif action == sqlite3.SQLITE_UPDATE and first == "sqlite_master":
-            # Asked whenever a virtual table is opened; a statement that names the table itself is refused by the parser.
+            # Asked whenever a virtual table is opened; a statement that names it is refused by the parser.
             return sqlite3.SQLITE_OK
         elif action == sqlite3.SQLITE_PRAGMA:
             name = (first or "").lower()
