@@ -22,6 +22,8 @@ from .policy import Policy, create_policy, load_policy, save_policy
 from .run import Run, launch
 from .training import Training, places
 
+PROMPT_WEIGHT = 0.2  # of a prompt's tokens in the first step, where they are learnt
+
 
 def sft(run: Run) -> Path:
     """Fits the policy to the expert trajectories and returns the folder of the fitted model."""
@@ -32,11 +34,13 @@ def sft(run: Run) -> Path:
     policy = first_policy(run, experts.all)
     shown = experts.in_wordings(settings.wordings)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
-    prompt_weight = Schedule("linear", settings.prompt_loss_weight, 0.0, settings.prompt_loss_steps)
+    prompt_weight = Schedule("linear", PROMPT_WEIGHT, 0.0, max(settings.prompt_loss_steps, 1))
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)
-        examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
+        examples = experts.examples(
+            [shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step) if settings.prompt_loss_steps else 0.0
+        )
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
         batches = pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device, ROWS)

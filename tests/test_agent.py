@@ -90,8 +90,15 @@ class ScriptedSampler:
         self.streams[request_id] = (task_number, sample, turn + 1)
         self.queue.append((request_id, params))
 
+    def token_ids(self, request_id: int) -> list[int]:
+        return self.contexts[request_id]
+
+    def is_waiting(self, request_id: int) -> bool:
+        return self.steps == 0
+
     def cancel(self, request_id: int) -> None:
         assert request_id not in self.released
+        self.queue = [(number, params) for number, params in self.queue if number != request_id]
         self.released.append(request_id)
 
     def poll(self) -> list[Completion]:
@@ -112,17 +119,50 @@ class ScriptedSandbox:
 
     delay_s: float = 0.0
     calls: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    sessions: list["ScriptedSession"] = field(default_factory=list)
 
-    def submit(self, text: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
-        self.calls.append((text, tuple(history)))
+    def open(self, files: Sequence[str], language: str) -> "ScriptedSession":
+        self.sessions.append(ScriptedSession(self, language))
+        return self.sessions[-1]
+
+    def execute(self, text: str) -> Future[Execution]:
         future: Future[Execution] = Future()
         ok = "bad" not in text
         result = Execution(ok, f"ran {text}\n", "ok" if ok else "error", 0.0)
         if self.delay_s:
-            threading.Timer(self.delay_s, future.set_result, [result]).start()
+            threading.Timer(self.delay_s, lambda: future.cancelled() or future.set_result(result)).start()
         else:
             future.set_result(result)
         return future
+
+
+@dataclass
+class ScriptedSession:
+    """One chunk at a time; it must be closed once."""
+
+    sandbox: ScriptedSandbox
+    language: str
+    history: tuple[str, ...] = ()
+    busy: bool = False
+    closed: bool = False
+
+    def submit(self, text: str) -> Future[Execution]:
+        assert not self.busy
+        assert not self.closed
+        self.sandbox.calls.append((text, self.history))
+        self.busy = True
+        future = self.sandbox.execute(text)
+        future.add_done_callback(lambda done: self.take(text, done))
+        return future
+
+    def take(self, text: str, future: Future[Execution]) -> None:
+        self.busy = False
+        if not future.cancelled() and future.exception() is None and future.result().ok:
+            self.history = (*self.history, text)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
 
 
 def rollout(
@@ -291,7 +331,7 @@ def test_executions_overlap_and_waiting_does_not_spin() -> None:
 
 def test_errors_of_the_sandbox_end_the_run_and_free_the_sampler() -> None:
     class Broken(ScriptedSandbox):
-        def submit(self, text: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
+        def execute(self, text: str) -> Future[Execution]:
             future: Future[Execution] = Future()
             future.set_exception(RuntimeError("no space left"))
             return future
