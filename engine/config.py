@@ -220,9 +220,7 @@ class RolloutConfig:
     max_trajectory_tokens: int = setting(8192, "tokens of a trajectory, prompt included", minimum=1)
     max_observation_tokens: int = setting(1024, "tokens of an observation; head and tail are kept", minimum=8)
     max_consecutive_errors: int = setting(5, "failed executions in a row that end a trajectory", minimum=1)
-    max_wall_s: float = setting(
-        0.0, "wall seconds of a trajectory, its executions included; 0: no limit, so that time decides nothing", minimum=0
-    )
+    max_wall_s: float = setting(0.0, "wall seconds of a trajectory; 0: no limit, time decides nothing", minimum=0)
 
     def __post_init__(self) -> None:
         kv_bytes(self.kv_memory, 2**40)

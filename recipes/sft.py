@@ -34,13 +34,12 @@ def sft(run: Run) -> Path:
     policy = first_policy(run, experts.all)
     shown = experts.in_wordings(settings.wordings)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
-    prompt_weight = Schedule("linear", PROMPT_WEIGHT, 0.0, max(settings.prompt_loss_steps, 1))
+    steps = settings.prompt_loss_steps
+    prompt_weight = Schedule("linear", PROMPT_WEIGHT if steps else 0.0, 0.0, max(steps, 1))
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)
-        examples = experts.examples(
-            [shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step) if settings.prompt_loss_steps else 0.0
-        )
+        examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
         mine = balance(examples, mesh.world_size)[mesh.rank]
         weigh(mine, count(mine).summed(mesh))
         batches = pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device, ROWS)

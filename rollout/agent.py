@@ -221,21 +221,25 @@ class _Loop:
                 self._read_execution(self._executed.get_nowait())
 
     def _end_late(self) -> None:
-        """Ends what has had its time. Waiting for a first place in the sampler does not count."""
+        """Ends what has had its time."""
         if self._limits.max_wall_s is None:
             return
         now = time.monotonic()
         for request, episode in list(self._writing.items()):
-            if episode.deadline == math.inf and not self._sampler.is_waiting(request):
-                episode.deadline = now + self._limits.max_wall_s
-            if now >= episode.deadline:
+            if self._is_late(episode, now):
                 del self._writing[request]
                 self._end(episode, "time_limit")
         for future, episode in list(self._executing.items()):
-            if now >= episode.deadline:
+            if self._is_late(episode, now):
                 del self._executing[future]
                 future.cancel()
                 self._end(episode, "time_limit")
+
+    def _is_late(self, episode: _Episode, now: float) -> bool:
+        assert self._limits.max_wall_s is not None and episode.request is not None
+        if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
+            episode.deadline = now + self._limits.max_wall_s
+        return now >= episode.deadline
 
     def _turn_params(self, episode: _Episode) -> SamplingParams | None:
         """How the next turn is sampled, None if there is no room for it."""

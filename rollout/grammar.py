@@ -290,14 +290,19 @@ class Grammar:
 GRAMMARS: dict[str, Grammar] = {
     # DataMind, arXiv 2509.25084.
     "datamind": Grammar(
-        "datamind", "Answer by Python code.", "Answer by SQL queries.", "think", "code", "answer", "interpreter", None, None, None, 10
+        name="datamind", system="Answer by Python code.", sql_system="Answer by SQL queries.", thought="think",
+        code="code", answer="answer", result="interpreter", step=None, final=None, action=None, max_turns=10,
     ),
     # Datarus-R1, arXiv 2508.13382: the same model reasons with a notebook or without one, as the prompt asks.
     "agentic": Grammar(
-        "agentic", "Answer in notebook steps.", "Answer in notebook steps of SQL.", "thought", "action_input", "answer", "observation",
-        "step", "stop_analysis", "python_executor", 30,
+        name="agentic", system="Answer in notebook steps.", sql_system="Answer in notebook steps of SQL.",
+        thought="thought", code="action_input", answer="answer", result="observation", step="step",
+        final="stop_analysis", action="python_executor", max_turns=30,
     ),
-    "reflection": Grammar("reflection", "Answer by thinking.", "Answer by thinking.", "think", None, "answer", None, None, None, None, 1),
+    "reflection": Grammar(
+        name="reflection", system="Answer by thinking.", sql_system="Answer by thinking.", thought="think",
+        code=None, answer="answer", result=None, step=None, final=None, action=None, max_turns=1,
+    ),
 }  # fmt: skip
 
 # Longest first, so that <action_input> is not taken for <action>.
