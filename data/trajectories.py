@@ -8,7 +8,6 @@ prompt follows from the task), `stratum`, `grammar`, `operation`, the number of 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,10 +16,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..rewards.answer import answer_correct
 from ..rollout.grammar import GRAMMARS
-from ..rollout.task import Task
+from ..rollout.task import Language, Task
 from .tasks import Problem, shares_to_counts
 from .teachers import STRATA, Abandoned, Outcome, Script, Turn, scripted
 
@@ -28,11 +28,23 @@ MAX_OBSERVATION_CHARS = 600
 WINDOW = 64
 
 
-class Runner(Protocol):
-    """What executes code: `rollout.sandbox.Sandbox` is one."""
+class Session(Protocol):
+    """What executes the code of one trajectory, chunk after chunk; of those that fail nothing stays."""
 
-    def submit(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Any]:
-        """Start one execution of `code` after `history`; the result has `.ok` and `.output`."""
+    def submit(self, code: str) -> Future[Any]:
+        """Start one execution; the result has `.ok` and `.output`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it keeps."""
+        ...
+
+
+class Runner(Protocol):
+    """What opens sessions: `rollout.sandbox.Sandbox` is one."""
+
+    def open(self, files: Sequence[str], language: Language) -> Session:
+        """A session over some files."""
         ...
 
 
@@ -141,7 +153,7 @@ class _Work:
     turn: Turn
     spans: list[tuple[str, str]] = field(default_factory=list)
     mistakes: list[int] = field(default_factory=list)
-    history: list[str] = field(default_factory=list)
+    session: Session | None = None  # from its first code on
     future: Future[Any] | None = None
 
     def write(self, turn: Turn) -> None:
@@ -154,8 +166,10 @@ class _Work:
         if len(outcome.output) > MAX_OBSERVATION_CHARS:
             raise Abandoned("long observation")
         self.spans.append(("environment", GRAMMARS[self.problem.task.mode].observation(outcome.output)))
-        if outcome.ok:
-            self.history.append(self.turn.content)
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
 
 
 def build_trajectories(
@@ -183,25 +197,30 @@ def build_trajectories(
     flying: deque[tuple[int, _Work]] = deque()
     finished: dict[int, Expert] = {}
     report = Report()
-    while waiting or flying:
-        while waiting and len(flying) < WINDOW:
-            index, (problem, stratum) = waiting.popleft()
-            script = scripted(problem, stratum, Random(f"{seed}:{problem.task.id}:teacher"))
-            work = _Work(problem, stratum, script, next(script))
-            _launch(work, runner)
-            flying.append((index, work))
-        index, work = flying.popleft()
-        try:
-            expert = _advance(work, runner)
-        except Abandoned as reason:
-            report.dropped[str(reason)] += 1
-        else:
-            if expert is None:
-                flying.append((index, work))
-                continue
-            finished[index] = expert
-        if on_done:
-            on_done()
+    try:
+        while waiting or flying:
+            while waiting and len(flying) < WINDOW:
+                index, (problem, stratum) = waiting.popleft()
+                script = scripted(problem, stratum, Random(f"{seed}:{problem.task.id}:teacher"))
+                flying.append((index, _Work(problem, stratum, script, next(script))))
+                _launch(flying[-1][1], runner)
+            index, work = flying[0]
+            try:
+                expert = _advance(work, runner)
+            except Abandoned as reason:
+                report.dropped[str(reason)] += 1
+            else:
+                if expert is None:
+                    flying.rotate(-1)
+                    continue
+                finished[index] = expert
+            flying.popleft()
+            work.close()
+            if on_done:
+                on_done()
+    finally:
+        for _, work in flying:
+            work.close()
     experts = [finished[index] for index in sorted(finished)]
     for expert in experts:
         report.add(expert)
@@ -212,7 +231,9 @@ def _launch(work: _Work, runner: Runner) -> None:
     work.write(work.turn)
     work.future = None
     if work.turn.kind == "code":
-        work.future = runner.submit(work.turn.content, files=work.problem.task.files, history=tuple(work.history))
+        if work.session is None:
+            work.session = runner.open(work.problem.task.files, work.problem.task.language)
+        work.future = work.session.submit(work.turn.content)
 
 
 def _advance(work: _Work, runner: Runner) -> Expert | None:
@@ -239,18 +260,7 @@ def _advance(work: _Work, runner: Runner) -> Expert | None:
 
 def write_experts(path: str | Path, experts: Iterable[Expert]) -> None:
     """Write trajectories as JSON lines: the whole file or, on any failure, nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for expert in experts:
-                file.write(json.dumps(expert.to_dict(), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, (json.dumps(expert.to_dict(), ensure_ascii=False) + "\n" for expert in experts))
 
 
 def read_experts(path: str | Path) -> Iterator[Expert]:

@@ -151,7 +151,6 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and the optimisation step, of every recipe."""
 
-    beta1: float = setting(0.9, "decay of the first moment", minimum=0, maximum=0.99999)
     beta2: float = setting(0.95, "decay of the second moment", minimum=0, maximum=0.99999)
     weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
@@ -198,11 +197,8 @@ class SFTConfig:
         False,
         "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",
     )
-    prompt_loss_weight: float = setting(
-        0.0, "weight of prompt tokens in the loss of the first step; helps a model trained from nothing", minimum=0
-    )
     prompt_loss_steps: int = setting(
-        1, "steps in which that weight falls to 0: from then on model spans only", minimum=1
+        0, "steps in which prompts are learnt too, ever less, which helps a model made from nothing; 0: none", minimum=0
     )
 
 
@@ -224,6 +220,7 @@ class RolloutConfig:
     max_trajectory_tokens: int = setting(8192, "tokens of a trajectory, prompt included", minimum=1)
     max_observation_tokens: int = setting(1024, "tokens of an observation; head and tail are kept", minimum=8)
     max_consecutive_errors: int = setting(5, "failed executions in a row that end a trajectory", minimum=1)
+    max_wall_s: float = setting(0.0, "wall seconds of a trajectory; 0: no limit, time decides nothing", minimum=0)
 
     def __post_init__(self) -> None:
         kv_bytes(self.kv_memory, 2**40)

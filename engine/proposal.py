@@ -99,7 +99,7 @@ def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[
     if device_type == "cuda":
         places = ["none", "reference", "all"]
         table.append(("optimizer", "offload", places[places.index(settings.offload) + 1 :]))
-    if settings.moments_dtype == "float32" and max(settings.beta1, settings.beta2) <= BFLOAT16_DECAY:
+    if settings.moments_dtype == "float32" and settings.beta2 <= BFLOAT16_DECAY:
         table.append(("optimizer", "moments_dtype", ["bfloat16"]))
     return (option for option in table if option[2])
 

@@ -8,18 +8,19 @@ arXiv 2509.25084, k = 3 at temperature 0.7 and top-p 0.95).
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..engine.metrics import progress
 from ..rewards.answer import answer_correct
 from ..rollout.task import read_tasks
 from .policy import Policy, load_policy
 from .rollouts import Rollouts, my_share
-from .run import Run, launch, write_atomically
+from .run import Run, launch
 
 NUM_EXAMPLES = 5  # trajectories kept to be looked at
 CHUNK = 32  # tasks of a rank between two steps of the progress bar
@@ -40,6 +41,8 @@ class Outcome:
 
 def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[str, Any]:
     """Runs every evaluation task ``evaluate.num_samples`` times and writes ``RUN/evaluate/NAME.json``.
+
+    Each run is kept in ``RUN/trajectories/evaluate/NAME``, with the reward 1 where its answer is right, else 0.
 
     Returns:
         ``pass_at_1``, ``pass_at_k``, ``k``, ``num_tasks``, ``answered`` (share of runs with an answer), mean ``tokens``
@@ -63,13 +66,19 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=run.config.run.seed,
+            record=f"evaluate/{name}/{index:06d}",
         )
+        for group in groups:
+            for trajectory in group.trajectories:
+                trajectory.reward = float(answer_correct(trajectory.answer, group.task))
+                trajectory.rewards = {"answer": trajectory.reward}
+        rollouts.record(f"evaluate/{name}/{index:06d}", groups)
         outcomes += [
             Outcome(
                 task=group.task.id,
                 task_type=group.task.task_type,
                 table=group.task.table,
-                correct=answer_correct(trajectory.answer, group.task),
+                correct=trajectory.reward > 0,
                 answered=trajectory.answer is not None,
                 tokens=trajectory.completion_tokens,
                 turns=trajectory.turns,
@@ -78,16 +87,13 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
             for trajectory in group.trajectories
         ]
         examples += [
-            {
-                **group.trajectories[0].to_record(policy.tokenizer),
-                "correct": answer_correct(group.trajectories[0].answer, group.task),
-            }
-            for group in groups[: NUM_EXAMPLES - len(examples)]
+            {**first.to_record(policy.tokenizer), "correct": first.reward > 0}
+            for first in (group.trajectories[0] for group in groups[: NUM_EXAMPLES - len(examples)])
         ]
     everyone = [outcome for part in mesh.all_gather_object(outcomes) for outcome in part]
     result = {**summarise(everyone), "examples": mesh.broadcast_object(examples)}
     if run.is_main:
-        write_atomically(file, json.dumps({**result, "outcomes": [asdict(o) for o in everyone]}, indent=1))
+        write_atomically(file, json.dumps(result, indent=1))
     return result
 
 

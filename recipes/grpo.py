@@ -72,6 +72,7 @@ def grpo(run: Run) -> Path:
                     temperature=run.config.rollout.temperature,
                     top_p=run.config.rollout.top_p,
                     seed=run.config.run.seed * 1_000_003 + step,
+                    record=f"grpo/{step:06d}",
                 )
             with timer("reward"):
                 score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
@@ -79,6 +80,7 @@ def grpo(run: Run) -> Path:
                 shown = mine + my_share(run, others, expert_length)
                 imitated = experts.examples(shown, step, policy.tokenizer) if gamma(step) else []
                 batches = to_batches(run, groups, imitated)
+                rollouts.record(f"grpo/{step:06d}", groups)
             with timer("reference"):
                 if reference is not None:
                     for batch in batches:
@@ -143,7 +145,7 @@ def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> 
             "parts": trajectory.rewards,
             "tokens": trajectory.completion_tokens,
             "turns": trajectory.turns,
-            "clipped": trajectory.status in ("token_limit", "turn_limit"),
+            "clipped": trajectory.status in ("token_limit", "turn_limit", "time_limit"),
             "failed": trajectory.status == "failed",
             "executions": [execution.ok for execution in trajectory.executions],
         }

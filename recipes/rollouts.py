@@ -1,6 +1,7 @@
 """Where a policy meets its environment: one sampler and one sandbox that stages share."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 from typing import Self, TypeVar, cast
@@ -9,6 +10,7 @@ from ..engine.config import kv_bytes
 from ..engine.metrics import free_memory
 from ..engine.model import Model
 from ..rollout.agent import AgentLimits, run_agent
+from ..rollout.record import Recorder, write_records
 from ..rollout.sampler import Sampler, SamplingParams
 from ..rollout.sandbox import Limits, Sandbox
 from ..rollout.spread import spread
@@ -30,13 +32,14 @@ class Rollouts:
 
     def __init__(self, run: Run, policy: Policy) -> None:
         settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
-        self._policy, self._mesh = policy, run.mesh
+        self._policy, self._mesh, self._folder = policy, run.mesh, run.folder / "trajectories"
         self._limits = AgentLimits(
             max_turns=settings.max_turns,
             max_tokens_per_turn=settings.max_tokens_per_turn,
             max_trajectory_tokens=settings.max_trajectory_tokens,
             max_observation_tokens=settings.max_observation_tokens,
             max_consecutive_errors=settings.max_consecutive_errors,
+            max_wall_s=settings.max_wall_s or None,
         )
         self.sampler = Sampler(
             cast(Model, policy.model.module),
@@ -48,17 +51,19 @@ class Rollouts:
         self.sandbox = open_sandbox(run)
 
     def sample(
-        self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int
+        self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int, record: str
     ) -> list[Group]:
         """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together.
 
+        They are written into ``RUN/trajectories/RECORD.rankRANK.jsonl`` as they end.
+
         Raises:
-            FloatingPointError: all of them failed for log-probabilities that are not finite.
+            RuntimeError: all of them failed, by log-probabilities that are not finite or by files that are gone.
         """
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
         )
-        with self._policy.model.gathered():
+        with self._policy.model.gathered(), Recorder(self._file(record), self._policy.tokenizer) as recorder:
             try:
                 groups = run_agent(
                     self.sampler,
@@ -69,14 +74,21 @@ class Rollouts:
                     params=params,
                     limits=self._limits,
                     seed=seed,
+                    progress=recorder.add,
                 )
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
-        if groups and all(found.status == "failed" for group in groups for found in group.trajectories):
-            raise FloatingPointError(
-                "the model gave no finite log-probability in any trajectory; its weights are broken"
-            )
+        found = [trajectory for group in groups for trajectory in group.trajectories]
+        if found and all(trajectory.status == "failed" for trajectory in found):
+            raise RuntimeError(f"all {len(found)} trajectories failed, the first of them so: {found[0].error}")
         return groups
+
+    def record(self, name: str, groups: Sequence[Group]) -> None:
+        """Writes what ``sample`` recorded under a name once more, with rewards and advantages."""
+        write_records(self._file(name), groups, self._policy.tokenizer)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.rank{self._mesh.rank}.jsonl"
 
     def metrics(self) -> dict[str, float]:
         """What all ranks sampled since the last call: their sum of tokens a second, and means. Collective."""

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 import torch
 
+from ..engine.atomic import write_atomically
 from ..engine.config import Config, describe_settings, is_changeable, load_config
 from ..engine.errors import UserError
 from ..engine.lock import Lock
@@ -122,20 +123,6 @@ class Run:
                 )
         else:
             write_atomically(file, json.dumps(mine, indent=1))
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes the whole text or nothing: a temporary file beside ``file``, then a rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[str] = ()) -> None:

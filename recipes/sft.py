@@ -22,6 +22,8 @@ from .policy import Policy, create_policy, load_policy, save_policy
 from .run import Run, launch
 from .training import Training, places
 
+PROMPT_WEIGHT = 0.2  # of a prompt's tokens in the first step, where they are learnt
+
 
 def sft(run: Run) -> Path:
     """Fits the policy to the expert trajectories and returns the folder of the fitted model."""
@@ -32,7 +34,8 @@ def sft(run: Run) -> Path:
     policy = first_policy(run, experts.all)
     shown = experts.in_wordings(settings.wordings)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
-    prompt_weight = Schedule("linear", settings.prompt_loss_weight, 0.0, settings.prompt_loss_steps)
+    steps = settings.prompt_loss_steps
+    prompt_weight = Schedule("linear", PROMPT_WEIGHT if steps else 0.0, 0.0, max(steps, 1))
     training = Training(run, policy, "sft", settings.steps, lr)
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)

@@ -14,12 +14,13 @@ from typing import Any
 from ..data.tables import find_tables, shared_headers, split_tables
 from ..data.tasks import evaluation_views, headers, make_problems, training_views
 from ..data.trajectories import build_trajectories, write_experts
+from ..engine.atomic import write_atomically
 from ..engine.config import Config
 from ..engine.metrics import ProgressBar
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import write_tasks
 from .rollouts import open_sandbox
-from .run import Run, launch, write_atomically
+from .run import Run, launch
 
 
 def synthesize(run: Run) -> Path:

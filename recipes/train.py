@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..engine.atomic import write_atomically
 from ..engine.planner import PHASES
 from ..engine.plots import plot_run
 from ..rollout.view import trajectory_panel
@@ -22,7 +23,7 @@ from .evaluate import evaluate
 from .grpo import grpo
 from .policy import load_policy
 from .rollouts import Rollouts
-from .run import Run, launch, write_atomically
+from .run import Run, launch
 from .sft import sft
 from .synthesize import synthesize
 

@@ -18,6 +18,7 @@ from .policy import Policy
 from .run import Run
 
 LINE_EVERY = 10  # steps between two lines on the console
+BETA1 = 0.9  # of AdamW
 
 
 class Training:
@@ -38,7 +39,7 @@ class Training:
         self.optimizer = AdamW(
             policy.model.shards,
             lr=lr(0),
-            betas=(settings.beta1, settings.beta2),
+            betas=(BETA1, settings.beta2),
             weight_decay=settings.weight_decay,
             moments_dtype=getattr(torch, settings.moments_dtype),
         )

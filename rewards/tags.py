@@ -7,7 +7,7 @@ names what it mended; here every mend counts against the trajectory.
 import re
 
 from ..engine.tokenizer import Tokenizer
-from ..rollout.grammar import END_OF_TEXT, GRAMMARS, Grammar, ParsedTurn
+from ..rollout.grammar import GRAMMARS, Grammar, ParsedTurn, without_end
 from ..rollout.trajectory import Trajectory
 
 CHECKS = ("parses", "steps", "answer", "outside", "observation")
@@ -61,7 +61,7 @@ def _is_only_answer(turns: list[ParsedTurn]) -> bool:
 
 
 def _has_text_outside(grammar: Grammar, text: str) -> bool:
-    text = END_OF_TEXT.sub("", text)
+    text = without_end(text)
     names = [tag[1:-1] for tag in grammar.tags if not tag.startswith("</")]
     # Outer wrappers first: their removal would hide text between the pairs inside, so only inner pairs are removed.
     inner = [name for name in names if name not in (grammar.step, grammar.final)]

@@ -4,16 +4,20 @@ Every trajectory of every group is under way at once. While the code of some run
 the loop sleeps only when nobody decodes. Ids are kept as they were sampled: only observations are tokenised here.
 
 The random stream of a turn is (task, sample, turn), so no trajectory depends on which others are sampled beside it,
-or on how long any code takes.
+or on how long any code takes, unless `max_wall_s` ends it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,12 +25,15 @@ from ..engine.errors import UserError
 from .draw import SamplingParams
 from .grammar import GRAMMARS, Grammar, ParsedTurn
 from .sandbox import Execution
-from .task import Task
+from .sandbox.client import task_files
+from .task import Language, Task
 from .trajectory import Group, Span, Status, Trajectory, cap_text
 
 if TYPE_CHECKING:
     from ..engine.tokenizer import Tokenizer
     from .sampler import Completion
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(Protocol):
@@ -38,12 +45,21 @@ class Samples(Protocol):
     def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None: ...
     def cancel(self, request_id: int) -> None: ...
     def poll(self) -> list[Completion]: ...
+    def token_ids(self, request_id: int) -> Sequence[int]: ...
+    def is_waiting(self, request_id: int) -> bool: ...
+
+
+class Runs(Protocol):
+    """What the loop needs of a `Session`: it remembers the chunks that succeeded."""
+
+    def submit(self, code: str) -> Future[Execution]: ...
+    def close(self) -> None: ...
 
 
 class Executes(Protocol):
     """What the loop needs of `Sandbox`."""
 
-    def submit(self, code: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]: ...
+    def open(self, files: Sequence[str], language: Language) -> Runs: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class AgentLimits:
         max_trajectory_tokens: tokens in all, prompt and observations included.
         max_observation_tokens: tokens of one execution's output, head and tail kept; its tags come on top.
         max_consecutive_errors: so many failed executions in a row end it.
+        max_wall_s: wall seconds from where the sampler takes it up; a turn under way is dropped then, and what its code
+            would print is not waited for. None: no limit.
     """
 
     max_turns: int = 10
@@ -63,11 +81,16 @@ class AgentLimits:
     max_trajectory_tokens: int = 8192
     max_observation_tokens: int = 1024
     max_consecutive_errors: int = 5
+    max_wall_s: float | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if getattr(self, item.name) < 1:
-                raise UserError(f"{item.name} is {getattr(self, item.name)}, expected at least 1")
+            value = getattr(self, item.name)
+            if item.name == "max_wall_s":
+                if value is not None and not value > 0:
+                    raise UserError(f"max_wall_s is {value}, expected more than 0, or None for no limit")
+            elif value < 1:
+                raise UserError(f"{item.name} is {value}, expected at least 1")
 
 
 @dataclass
@@ -77,11 +100,12 @@ class _Episode:
     trajectory: Trajectory
     grammar: Grammar
     request: int | None = None
+    session: Runs | None = None  # from its first code on
+    deadline: float = math.inf  # by the monotonic clock
     length: int = 0  # tokens so far
     budget: int = 0  # tokens of the present turn, at most
     turns: int = 0
     errors: int = 0  # failed executions in a row
-    history: list[str] = field(default_factory=list)  # chunks that succeeded
 
     def add(self, span: Span) -> None:
         self.trajectory.spans.append(span)
@@ -114,10 +138,12 @@ def run_agent(
 
     Raises:
         UserError: `num_generations` below 1, a task's file is missing, or a trajectory cannot fit the sampler.
-        RuntimeError: the sandbox itself failed.
+        RuntimeError: the sandbox itself failed, or the sampler holds other ids than a trajectory.
     """
     if num_generations < 1:
         raise UserError(f"num_generations is {num_generations}, expected at least 1")
+    for task in tasks:
+        task_files(task.files)
     loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress)
     groups = [Group(task, [Trajectory(task, index, []) for index in range(num_generations)]) for task in tasks]
     try:
@@ -143,8 +169,9 @@ class _Loop:
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
         self._params, self._limits, self._progress = params, limits, progress
+        self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
-        self._executing: dict[Future[Execution], tuple[_Episode, str]] = {}
+        self._executing: dict[Future[Execution], _Episode] = {}
         self._executed: SimpleQueue[Future[Execution]] = SimpleQueue()
 
     def begin(self, group: Group, number: int) -> None:
@@ -153,6 +180,7 @@ class _Loop:
         prompt_ids = self._tokenizer.encode(grammar.prompt(group.task, self._tokenizer))
         for trajectory in group.trajectories:
             episode = _Episode(trajectory, grammar)
+            self._episodes.append(episode)
             episode.add(Span("prompt", list(prompt_ids)))
             if (params := self._turn_params(episode)) is None:
                 self._end(episode, "token_limit")
@@ -167,26 +195,51 @@ class _Loop:
                 for completion in self._sampler.poll():
                     self._read_turn(self._writing.pop(completion.request_id), completion)
             elif self._executing:
-                self._read_execution(self._executed.get())
+                self._wait()
             else:
                 raise RuntimeError("the sampler lost a request: it has no work while trajectories wait for their turns")
             self._read_executions()
+            self._end_late()
 
     def abandon(self) -> None:
         """Gives up what is under way, after an error or an interrupt; after `run` there is nothing."""
-        for episode in self._writing.values():
-            self._release(episode)
-        for future, (episode, _) in self._executing.items():
+        for future in self._executing:
             future.cancel()
+        for episode in self._episodes:
             self._release(episode)
 
+    def _wait(self) -> None:
+        """Sleeps until an execution is done, or until a trajectory has had its time."""
+        deadline = min(episode.deadline for episode in self._executing.values())
+        timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        with suppress(Empty):
+            self._read_execution(self._executed.get(timeout=timeout))
+
     def _read_executions(self) -> None:
-        while True:
-            try:
-                future = self._executed.get_nowait()
-            except Empty:
-                return
-            self._read_execution(future)
+        with suppress(Empty):
+            while True:
+                self._read_execution(self._executed.get_nowait())
+
+    def _end_late(self) -> None:
+        """Ends what has had its time."""
+        if self._limits.max_wall_s is None:
+            return
+        now = time.monotonic()
+        for request, episode in list(self._writing.items()):
+            if self._is_late(episode, now):
+                del self._writing[request]
+                self._end(episode, "time_limit")
+        for future, episode in list(self._executing.items()):
+            if self._is_late(episode, now):
+                del self._executing[future]
+                future.cancel()
+                self._end(episode, "time_limit")
+
+    def _is_late(self, episode: _Episode, now: float) -> bool:
+        assert self._limits.max_wall_s is not None and episode.request is not None
+        if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
+            episode.deadline = now + self._limits.max_wall_s
+        return now >= episode.deadline
 
     def _turn_params(self, episode: _Episode) -> SamplingParams | None:
         """How the next turn is sampled, None if there is no room for it."""
@@ -201,8 +254,12 @@ class _Loop:
         trajectory = episode.trajectory
         episode.add(Span("model", list(completion.token_ids), list(completion.logprobs)))
         episode.turns += 1
-        if completion.finish_reason != "stop":
-            self._end(episode, "token_limit" if completion.finish_reason == "length" else "failed")
+        self._check_ids(trajectory, completion)
+        if completion.finish_reason == "length":
+            self._end(episode, "token_limit")
+            return
+        if completion.finish_reason == "error":
+            self._fail(episode, completion.error)
             return
         turn = episode.grammar.parse_turn(completion.text)
         if turn.kind == "void":
@@ -216,25 +273,40 @@ class _Loop:
         else:
             self._execute(episode, turn)
 
+    def _check_ids(self, trajectory: Trajectory, completion: Completion) -> None:
+        """What is trained must be what the sampler read and wrote, token by token."""
+        who = f"sample {trajectory.sample} of task {trajectory.task.id!r}"
+        if len(completion.token_ids) != len(completion.logprobs):
+            raise RuntimeError(
+                f"{who} has {len(completion.token_ids)} sampled ids and {len(completion.logprobs)} log-probabilities, "
+                "expected as many; the sampler is at fault"
+            )
+        if trajectory.token_ids != list(self._sampler.token_ids(completion.request_id)):
+            raise RuntimeError(f"the ids of {who} are not those that the sampler holds; the loop or it is at fault")
+
     def _execute(self, episode: _Episode, turn: ParsedTurn) -> None:
+        task = episode.trajectory.task
         if turn.missing:
             # The turn ended by itself without its closing tag; the observation must not start inside it.
             episode.add(Span("forced", self._tokenizer.encode(turn.missing)))
-        future = self._sandbox.submit(turn.content, episode.trajectory.task.files, tuple(episode.history))
-        self._executing[future] = (episode, turn.content)
+        try:
+            if episode.session is None:
+                episode.session = self._sandbox.open(task.files, task.language)
+            future = episode.session.submit(turn.content)
+        except UserError as error:  # its files are gone or have changed; those of others may be there
+            self._fail(episode, str(error))
+            return
+        self._executing[future] = episode
         future.add_done_callback(self._executed.put)
 
     def _read_execution(self, future: Future[Execution]) -> None:
         """Takes a finished execution: its output is written into the trajectory, and the next turn starts."""
-        episode, code = self._executing[future]
+        episode = self._executing.pop(future, None)
+        if episode is None:
+            return  # its trajectory had had its time
         execution = future.result()
-        del self._executing[future]
         episode.trajectory.executions.append(execution)
-        if execution.ok:
-            episode.errors = 0
-            episode.history.append(code)
-        else:
-            episode.errors += 1
+        episode.errors = 0 if execution.ok else episode.errors + 1
         output = cap_text(execution.output, self._tokenizer, self._limits.max_observation_tokens)
         token_ids = self._tokenizer.encode(episode.grammar.observation(output))
         if episode.length + len(token_ids) >= self._limits.max_trajectory_tokens:
@@ -252,6 +324,12 @@ class _Loop:
             self._sampler.extend(episode.request, [*pending, *token_ids], params)
             self._writing[episode.request] = episode
 
+    def _fail(self, episode: _Episode, error: str) -> None:
+        trajectory = episode.trajectory
+        trajectory.error = error
+        logger.warning("sample %d of task %r failed: %s", trajectory.sample, trajectory.task.id, error)
+        self._end(episode, "failed")
+
     def _end(self, episode: _Episode, status: Status) -> None:
         episode.trajectory.status = status
         self._release(episode)
@@ -259,9 +337,12 @@ class _Loop:
             self._progress(episode.trajectory)
 
     def _release(self, episode: _Episode) -> None:
-        if episode.request is not None:
-            self._sampler.cancel(episode.request)
-            episode.request = None
+        session, request = episode.session, episode.request
+        episode.session = episode.request = None
+        if session is not None:
+            session.close()
+        if request is not None:
+            self._sampler.cancel(request)
 
 
 def _stream_numbers(tasks: Sequence[Task]) -> list[int]:

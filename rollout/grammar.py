@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["code", "answer", "void"]
 
-FENCE = re.compile(r"\A\s*```[ \t]*\w*[ \t]*\r?\n?(.*?)\r?\n?[ \t]*(?:```)?\s*\Z", re.DOTALL)
-END_OF_TEXT = re.compile(r"(?:\s*<\|(?:im_end|endoftext)\|>)+\s*\Z")
+# A model may write very long runs of anything: nothing here takes more than linear time of them.
+FENCE = re.compile(r"\s*```[ \t]*+(?:\w*+[ \t]*+\r?\n|(?:python|py|sql)\b)?")
+ENDS_OF_TEXT = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class ParsedTurn:
     """A model turn, read.
 
     Args:
-        kind: "code" to run, "answer" to end with, "void" if it is neither or both.
+        kind: "code" to run, "answer" to end with, "void" if it is neither, both, or two of them.
         thought: the thought's text, stripped.
         content: the code or the answer; "" if void.
         repairs: what was mended or missing, in the words listed by this module.
@@ -82,7 +83,7 @@ class Grammar:
 
     Args:
         name: its key in `GRAMMARS`.
-        system: the prompt's system line; it tells the modes apart.
+        system, sql_system: the prompt's system line where code is Python or SQL; it tells the modes apart.
         thought, code, answer, result: tag names. `code` is None in a grammar without a tool; `result` holds what the
             environment answers.
         step, final: names of the wrappers around a code turn and around the last turn, None without wrappers.
@@ -92,6 +93,7 @@ class Grammar:
 
     name: str
     system: str
+    sql_system: str
     thought: str
     code: str | None
     answer: str
@@ -126,8 +128,9 @@ class Grammar:
 
     def prompt(self, task: Task, tokenizer: Tokenizer) -> str:
         """The prompt of a task, up to where the model's first turn starts."""
+        system = self.sql_system if task.language == "sql" else self.system
         user = f"{task.description}\n{task.question}" if task.description else task.question
-        return tokenizer.chat_prompt(self.system, neutralise(user))
+        return tokenizer.chat_prompt(system, neutralise(user))
 
     def render_turn(self, kind: Literal["code", "answer"], thought: str, content: str) -> str:
         """The text of one model turn.
@@ -170,10 +173,11 @@ class Grammar:
     def parse_turn(self, text: str) -> ParsedTurn:
         """Reads one model turn; it never raises.
 
-        A turn must hold one code or one answer. Cut turns are for the caller to declare void: here a missing last
-        closing tag is mended, since text that ended by itself is complete.
+        A turn must hold one code or one answer; a tag of either inside a complete pair is part of its text. Cut turns
+        are for the caller to declare void: here a missing last closing tag is mended, since text that ended by itself
+        is complete.
         """
-        text = END_OF_TEXT.sub("", text)
+        text = without_end(text)
         repairs: list[str] = []
         outside: list[str] = []
         tags = list(self._tag.finditer(text))
@@ -186,7 +190,8 @@ class Grammar:
             return ParsedTurn("void", thought, "", repairs)
         name = _name(opened)
         content_end, after, missing = self._read_end(text, tags, opened, repairs)
-        if any(not tag[1] and tag.start() >= after for tag in payload):
+        complete = text[content_end:after].lower() == f"</{name}>"
+        if any(not tag[1] and tag is not opened and (tag.start() >= after or not complete) for tag in payload):
             return ParsedTurn("void", thought, "", repairs)
         content = text[opened.end() : content_end]
         if self._tag.search(content):
@@ -268,11 +273,13 @@ class Grammar:
                 repairs.append("missing_wrapper")
         between, tail = text[rest : opened.start()], text[after:]
         if self.action and kind == self.code:
-            action = re.search(r"<action>(.*?)</action>", between, re.DOTALL | re.IGNORECASE)
-            if action is None or action[1].strip() != self.action:
+            named = [tag for tag in tags if rest <= tag.start() < opened.start() and _name(tag) == "action"]
+            begin = next((tag for tag in named if not tag[1]), None)
+            end = next((tag for tag in named if tag[1] and begin and tag.start() >= begin.end()), None)
+            if begin is None or end is None or text[begin.end() : end.start()].strip() != self.action:
                 repairs.append("missing_action")
-            if action is not None:
-                between = between[: action.start()] + between[action.end() :]
+            if begin is not None and end is not None:
+                between = text[rest : begin.start()] + text[end.end() : opened.start()]
         if any(_name(tag) == self.result and not opened.end() <= tag.start() < after for tag in tags):
             repairs.append("forged_observation")
         if wrapper:
@@ -283,14 +290,19 @@ class Grammar:
 GRAMMARS: dict[str, Grammar] = {
     # DataMind, arXiv 2509.25084.
     "datamind": Grammar(
-        "datamind", "Answer by Python code.", "think", "code", "answer", "interpreter", None, None, None, 10
+        name="datamind", system="Answer by Python code.", sql_system="Answer by SQL queries.", thought="think",
+        code="code", answer="answer", result="interpreter", step=None, final=None, action=None, max_turns=10,
     ),
     # Datarus-R1, arXiv 2508.13382: the same model reasons with a notebook or without one, as the prompt asks.
     "agentic": Grammar(
-        "agentic", "Answer in notebook steps.", "thought", "action_input", "answer", "observation",
-        "step", "stop_analysis", "python_executor", 30,
+        name="agentic", system="Answer in notebook steps.", sql_system="Answer in notebook steps of SQL.",
+        thought="thought", code="action_input", answer="answer", result="observation", step="step",
+        final="stop_analysis", action="python_executor", max_turns=30,
     ),
-    "reflection": Grammar("reflection", "Answer by thinking.", "think", None, "answer", None, None, None, None, 1),
+    "reflection": Grammar(
+        name="reflection", system="Answer by thinking.", sql_system="Answer by thinking.", thought="think",
+        code=None, answer="answer", result=None, step=None, final=None, action=None, max_turns=1,
+    ),
 }  # fmt: skip
 
 # Longest first, so that <action_input> is not taken for <action>.
@@ -306,6 +318,19 @@ def all_tags(names: Sequence[str] = tuple(GRAMMARS)) -> list[str]:
 def neutralise(text: str) -> str:
     """Breaks every tag and control token in text from outside: `</code>` becomes `<\\/code>`."""
     return _FOREIGN.sub(r"<\\", text)
+
+
+def without_end(text: str) -> str:
+    """The text before the end-of-text tokens, and the blanks between them, that it ends with."""
+    end = place = len(text)
+    while place:
+        while place and text[place - 1].isspace():
+            place -= 1
+        token = next((token for token in ENDS_OF_TEXT if text.endswith(token, 0, place)), "")
+        if not token:
+            break
+        end = place = place - len(token)
+    return text[:end]
 
 
 def _name(tag: re.Match[str]) -> str:
@@ -324,9 +349,9 @@ def _partial_tag(text: str, closing: str) -> int:
 
 def _strip_code(content: str, repairs: list[str]) -> str:
     """The code without a fence and without the blank lines at its ends; indentation stays."""
-    if content.lstrip().startswith("```") and (fence := FENCE.match(content)):
+    if fence := FENCE.match(content):
         repairs.append("code_fence")
-        content = fence[1]
+        content = content[fence.end() :].rstrip().removesuffix("```")
     if "\n" not in content.strip("\r\n"):
         return content.strip()
     return re.sub(r"\A(?:[ \t]*\r?\n)+", "", content).rstrip()

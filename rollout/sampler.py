@@ -206,6 +206,22 @@ class Sampler:
         self._scheduler.remove(self._find(request_id))
         del self._requests[request_id]
 
+    def token_ids(self, request_id: int) -> Sequence[int]:
+        """All ids of a request, prompt and observations included, as far as they were sampled and read.
+
+        Raises:
+            ValueError: the request is unknown.
+        """
+        return self._find(request_id).token_ids
+
+    def is_waiting(self, request_id: int) -> bool:
+        """Whether a request has not begun, or had to give its place up.
+
+        Raises:
+            ValueError: the request is unknown.
+        """
+        return self._find(request_id).state == "waiting"
+
     def poll(self) -> list[Completion]:
         """One step: prefills what can start, up to ``prefill_tokens``, and decodes one token of every running request.
 

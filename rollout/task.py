@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..engine.errors import UserError
+from .sandbox.job import Language
 
 MODES = ("datamind", "agentic", "reflection")
 
@@ -27,6 +28,7 @@ class Task:
         task_type: one of the eighteen types of `data.taxonomy`.
         mode: the grammar that the prompt asks for, one of `MODES`.
         table: the name of the table, by which training and evaluation are kept apart.
+        language: of the code that the prompt asks for, "python" or "sql".
     """
 
     id: str
@@ -38,10 +40,12 @@ class Task:
     task_type: str
     mode: str = "datamind"
     table: str = ""
+    language: Language = "python"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"task {self.id!r} has mode {self.mode!r}; expected one of {', '.join(MODES)}")
+        for name, known in (("mode", MODES), ("language", get_args(Language))):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"task {self.id!r} has {name} {value!r}; expected one of {', '.join(known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -55,7 +59,7 @@ class Task:
             UserError: a field is unknown or missing.
         """
         known = {field.name for field in fields(cls)}
-        missing = known - record.keys() - {"mode", "table"}
+        missing = known - record.keys() - {"mode", "table", "language"}
         if unknown := record.keys() - known:
             raise UserError(f"task has the unknown field {min(unknown)!r}; expected {', '.join(sorted(known))}")
         if missing:

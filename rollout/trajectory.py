@@ -6,7 +6,7 @@ Token in, token out: a trajectory holds the ids that were sampled; nothing here 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..engine.batch import Example
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from .sandbox.execution import Execution
 
 Writer = Literal["prompt", "model", "environment", "forced"]
-Status = Literal["answered", "void", "turn_limit", "token_limit", "error_limit", "failed"]
+Status = Literal["answered", "void", "turn_limit", "token_limit", "time_limit", "error_limit", "failed"]
 
 # Trajectories that end so carry no policy-gradient loss under `mask_void` (DataMind, arXiv 2509.25084); an
 # error_limit is the policy's own doing in well-formed turns, so it keeps its loss. A failed one, for which the model
-# gave no finite number, carries none in any case.
-VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit", "failed"})
+# gave no finite number or whose task's file is gone, carries none in any case.
+VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit", "time_limit", "failed"})
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Trajectory:
         task: what was asked.
         sample: index in its group.
         spans: in order; the first is the prompt.
-        status: how it ended.
+        status: how it ended; `error` says in one sentence why it failed.
         answer: the final answer's text, None without one.
         executions: the results of the code turns, in order.
         rewards: the reward's parts by name, filled by `rewards`.
@@ -60,6 +60,7 @@ class Trajectory:
     sample: int
     spans: list[Span]
     status: Status = "void"
+    error: str = ""
     answer: str | None = None
     executions: list[Execution] = field(default_factory=list)
     rewards: dict[str, float] = field(default_factory=dict)
@@ -97,15 +98,23 @@ class Trajectory:
         return [tokenizer.decode(ids) for ids in turns]
 
     def to_record(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The trajectory in words, for files and for the terminal; training needs the ids and never reads this."""
+        """The trajectory in words, for files and for the terminal; training needs the ids and never reads this.
+
+        Execution i is that of code turn i; the last code turn of a trajectory may have none.
+        """
         return {
             "task": self.task.to_dict(),
             "sample": self.sample,
             "status": self.status,
+            "error": self.error,
             "answer": self.answer,
             "reward": self.reward,
             "rewards": self.rewards,
+            "advantage": self.advantage,
+            "turns": self.turns,
+            "completion_tokens": self.completion_tokens,
             "spans": [{"writer": span.writer, "text": tokenizer.decode(span.token_ids)} for span in self.spans],
+            "executions": [asdict(execution) for execution in self.executions],
         }
 
     def to_example(self, *, mask_void: bool = False, group: int = -1) -> Example:

@@ -44,6 +44,9 @@ class InProcess:
     def __init__(self) -> None:
         self.programs: list[str] = []
 
+    def open(self, files, language):
+        return InProcessSession(self, files)
+
     def submit(self, code, files=(), history=()):
         future: Future[Ran] = Future()
         future.set_result(self.run(code, files, history))
@@ -66,3 +69,23 @@ class InProcess:
         finally:
             os.chdir(here)
         return Ran(True, output.getvalue())
+
+
+class InProcessSession:
+    """Remembers the chunks that succeeded."""
+
+    def __init__(self, runner, files):
+        self.runner, self.files, self.history, self.closed = runner, files, (), False
+
+    def submit(self, code):
+        assert not self.closed
+        future = self.runner.submit(code, self.files, self.history)
+        future.add_done_callback(lambda done: self.take(code, done.result()))
+        return future
+
+    def take(self, code, ran):
+        if ran.ok:
+            self.history = (*self.history, code)
+
+    def close(self):
+        self.closed = True

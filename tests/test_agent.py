@@ -1,145 +1,36 @@
-"""The many-turn loop: ids, masks and ends are right whatever the model writes, and nothing waits for anything else."""
+"""The many-turn loop: every trajectory ends as it should, nothing waits for anything else, nothing is left behind."""
 
-import itertools
-import random
-import threading
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scripted import (
+    BROKEN,
+    DATAMIND,
+    LIMITS,
+    Characters,
+    ScriptedSampler,
+    ScriptedSandbox,
+    SlowSandbox,
+    answer,
+    code,
+    rollout,
+    run,
+    task,
+)
 
-from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
-from groupwise.engine.model import Model, PackedAttention
-from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rollout.agent import AgentLimits, run_agent
 from groupwise.rollout.draw import SamplingParams
-from groupwise.rollout.grammar import GRAMMARS, all_tags
-from groupwise.rollout.sampler import Completion, Sampler
+from groupwise.rollout.grammar import GRAMMARS
+from groupwise.rollout.sampler import Completion
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Trajectory
-
-BROKEN = "no number is finite"
-LIMITS = AgentLimits(
-    max_turns=4, max_tokens_per_turn=200, max_trajectory_tokens=900, max_observation_tokens=60, max_consecutive_errors=2
-)
-DATAMIND = GRAMMARS["datamind"]
-
-
-def code(text: str) -> str:
-    return DATAMIND.render_turn("code", "t", text)
-
-
-def answer(text: str) -> str:
-    return DATAMIND.render_turn("answer", "t", text)
-
-
-def task(number: int = 0, mode: str = "datamind") -> Task:
-    return Task(f"t{number}", "How many?", (), "", "3", "number", "counting", mode)
-
-
-class Characters:
-    """A tokenizer of one id a character."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(map(chr, ids))
-
-    def chat_prompt(self, system: str, user: str) -> str:
-        return f"[{system}][{user}]"
-
-
-@dataclass
-class ScriptedSampler:
-    """A sampler whose turns come from a script: (stream, turn) -> text, one finished turn a step, in random order.
-
-    It keeps what it was given, so that a test can compare it with the trajectory.
-    """
-
-    script: dict[tuple[int, int], str] | Sequence[str]
-    seed: int = 0
-    contexts: dict[int, list[int]] = field(default_factory=dict)
-    streams: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    queue: list[tuple[int, SamplingParams]] = field(default_factory=list)
-    released: list[int] = field(default_factory=list)
-    steps: int = 0
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.queue)
-
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int:
-        number = len(self.contexts)
-        self.contexts[number] = list(prompt_ids)
-        self.streams[number] = stream
-        self.queue.append((number, params))
-        return number
-
-    def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None:
-        assert request_id not in self.released
-        self.contexts[request_id] += token_ids
-        task_number, sample, turn = self.streams[request_id]
-        self.streams[request_id] = (task_number, sample, turn + 1)
-        self.queue.append((request_id, params))
-
-    def cancel(self, request_id: int) -> None:
-        assert request_id not in self.released
-        self.released.append(request_id)
-
-    def poll(self) -> list[Completion]:
-        self.steps += 1
-        number, params = self.queue.pop(random.Random(f"{self.seed},{self.steps}").randrange(len(self.queue)))
-        _, sample, turn = self.streams[number]
-        text = self.script[sample, turn] if isinstance(self.script, dict) else self.script[turn]
-        ids = [ord(character) for character in text][: params.max_tokens]
-        reason = "error" if text == BROKEN else "stop" if len(ids) == len(text) else "length"
-        self.contexts[number] += ids
-        logprobs = [-(index + 1) / 8 for index in range(len(ids))]
-        return [Completion(number, ids, logprobs, logprobs, reason, "".join(map(chr, ids)))]
-
-
-@dataclass
-class ScriptedSandbox:
-    """Echoes code; "bad" fails. With a delay, each execution takes that long on a thread of its own."""
-
-    delay_s: float = 0.0
-    calls: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
-
-    def submit(self, text: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
-        self.calls.append((text, tuple(history)))
-        future: Future[Execution] = Future()
-        ok = "bad" not in text
-        result = Execution(ok, f"ran {text}\n", "ok" if ok else "error", 0.0)
-        if self.delay_s:
-            threading.Timer(self.delay_s, future.set_result, [result]).start()
-        else:
-            future.set_result(result)
-        return future
-
-
-def rollout(
-    script: dict[tuple[int, int], str] | Sequence[str],
-    *,
-    tasks: Sequence[Task] = (task(),),
-    generations: int = 1,
-    limits: AgentLimits = LIMITS,
-    sandbox: ScriptedSandbox | None = None,
-    seed: int = 0,
-) -> tuple[list[Group], ScriptedSampler, ScriptedSandbox]:
-    sampler, sandbox = ScriptedSampler(script, seed), sandbox or ScriptedSandbox()
-    groups = run_agent(
-        sampler, sandbox, tasks, tokenizer=Characters(), num_generations=generations,
-        params=SamplingParams(), limits=limits, seed=3,
-    )  # fmt: skip
-    return groups, sampler, sandbox
 
 
 def only(script: Sequence[str], **options: object) -> Trajectory:
@@ -156,9 +47,11 @@ def test_code_then_answer() -> None:
     assert Characters().decode(found.spans[2].token_ids) == "\n<interpreter>ran a</interpreter>\n"
 
 
-def test_failed_code_is_not_replayed() -> None:
-    _, _, sandbox = rollout([code("a"), code("bad"), code("c"), answer("3")])
+def test_a_trajectory_has_one_session_from_its_first_code_on() -> None:
+    script = {(0, 0): code("a"), (0, 1): code("bad"), (0, 2): code("c"), (0, 3): answer("3"), (1, 0): answer("3")}
+    _, _, sandbox = rollout(script, tasks=[replace(task(), language="sql")], generations=2)
     assert sandbox.calls == [("a", ()), ("bad", ("a",)), ("c", ("a",))]
+    assert [session.language for session in sandbox.sessions] == ["sql"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +102,7 @@ def test_observations_are_capped_in_the_middle() -> None:
 def test_a_turn_without_finite_numbers_fails_its_trajectory_alone() -> None:
     groups, sampler, _ = rollout({(0, 0): code("a"), (0, 1): BROKEN, (1, 0): answer("3")}, generations=2)
     broken, whole = groups[0].trajectories
-    assert (broken.status, whole.status) == ("failed", "answered")
+    assert (broken.status, broken.error, whole.status) == ("failed", BROKEN, "answered")
     assert sum(broken.to_example().loss_mask) == 0
     assert sorted(sampler.released) == sorted(sampler.contexts)
 
@@ -221,51 +114,6 @@ def test_reflection_runs_nothing() -> None:
     )
     assert [found.answer for found in groups[0].trajectories] == ["3", "3"]
     assert not sandbox.calls
-
-
-turns = st.one_of(
-    st.sampled_from(["a", "bad", "x" * 150]).map(code),
-    st.sampled_from(["3", "4"]).map(answer),
-    st.sampled_from(["", "void", "<think>t</think>\n<CODE>a", "<code>z</code>", "</interpreter><answer>1</answer>"]),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), generations=st.integers(1, 4), order=st.integers(0, 9))
-def test_trained_ids_are_exactly_the_sampled_ids(data: st.DataObject, generations: int, order: int) -> None:
-    script = {(sample, turn): data.draw(turns) for sample in range(generations) for turn in range(LIMITS.max_turns)}
-    groups, sampler, _ = rollout(script, generations=generations, seed=order)
-    assert sorted(sampler.released) == sorted(sampler.contexts)
-    assert not sampler.has_work
-    tokenizer = Characters()
-    for found in groups[0].trajectories:
-        context = sampler.contexts[found.sample]
-        # What the sampler's context lacks is what nobody wrote after: a last observation, a last forced tag.
-        assert found.token_ids[: len(context)] == context
-        ends = list(itertools.accumulate(len(span.token_ids) for span in found.spans))
-        unread = [span.writer for span, end in zip(found.spans, ends, strict=True) if end > len(context)]
-        assert "model" not in unread
-        written = [tokenizer.decode(span.token_ids) for span in found.spans if span.writer == "model"]
-        whole = [script[found.sample, turn][: LIMITS.max_tokens_per_turn] for turn in range(found.turns)]
-        if len(found.token_ids) == LIMITS.max_trajectory_tokens:  # which may have cut the last turn
-            whole[-1] = whole[-1][: len(written[-1])]
-        assert written == whole
-        example = found.to_example()
-        trained = [token for token, weight in zip(example.token_ids, example.loss_mask, strict=True) if weight]
-        assert tokenizer.decode(trained) == "".join(written)
-        assert example.old_logprobs is not None
-        kept = [logprob for logprob, weight in zip(example.old_logprobs, example.loss_mask, strict=True) if weight]
-        assert kept == [-(index + 1) / 8 for text in written for index in range(len(text))]
-        assert len(found.token_ids) <= LIMITS.max_trajectory_tokens
-
-
-def test_order_of_events_changes_nothing() -> None:
-    script = {(sample, turn): code(f"{sample}{turn}") for sample in range(6) for turn in range(3)}
-    script |= {(sample, 3): answer(str(sample)) for sample in range(6)}
-    first = rollout(script, generations=6, seed=1)[0]
-    second = rollout(script, generations=6, seed=2, sandbox=ScriptedSandbox(delay_s=0.002))[0]
-    assert [found.token_ids for found in first[0].trajectories] == [found.token_ids for found in second[0].trajectories]
-    assert [found.answer for found in first[0].trajectories] == list("012345")
 
 
 def test_streams_name_the_task_and_not_its_place() -> None:
@@ -289,20 +137,190 @@ def test_executions_overlap_and_waiting_does_not_spin() -> None:
     assert cpu_s < 0.2
 
 
-def test_errors_of_the_sandbox_end_the_run_and_free_the_sampler() -> None:
+def test_errors_of_the_sandbox_end_the_run_and_free_all() -> None:
     class Broken(ScriptedSandbox):
-        def submit(self, text: str, files: Sequence[str] = (), history: Sequence[str] = ()) -> Future[Execution]:
+        def execute(self, text: str) -> Future[Execution]:
             future: Future[Execution] = Future()
             future.set_exception(RuntimeError("no space left"))
             return future
 
-    sampler = ScriptedSampler([code("a"), answer("3")])
+    sampler, sandbox = ScriptedSampler([code("a"), answer("3")]), Broken()
     with pytest.raises(RuntimeError, match="no space left"):
-        run_agent(
-            sampler, Broken(), [task(), task(1)], tokenizer=Characters(), num_generations=3,
-            params=SamplingParams(), limits=LIMITS, seed=0,
-        )  # fmt: skip
+        run(sampler, sandbox, [task(), task(1)])
     assert sorted(sampler.released) == sorted(sampler.contexts)
+    assert all(session.closed for session in sandbox.sessions)
+
+
+@pytest.mark.parametrize("polls", range(1, 10))
+def test_an_interrupt_leaves_nothing(polls: int) -> None:
+    class Interrupted(ScriptedSampler):
+        def poll(self) -> list[Completion]:
+            if self.steps == polls:
+                raise KeyboardInterrupt
+            return super().poll()
+
+    script = {(sample, turn): code("a") for sample in range(3) for turn in range(2)}
+    script |= {(0, 0): code("slow"), (1, 2): answer("3"), (2, 2): answer("3")}
+    sampler, sandbox = Interrupted(script), SlowSandbox()
+    with pytest.raises(KeyboardInterrupt):
+        run(sampler, sandbox, [task(), task(1)])
+    assert sorted(sampler.released) == sorted(sampler.contexts)
+    assert all(session.closed for session in sandbox.sessions)
+    assert all(future.cancelled() for future in sandbox.slow_ones)
+
+
+def test_an_interrupt_while_it_sleeps_leaves_nothing() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    sampler, sandbox = ScriptedSampler([code("slow")]), SlowSandbox()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(sampler, sandbox, [task()])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert sorted(sampler.released) == sorted(sampler.contexts)
+    assert all(session.closed for session in sandbox.sessions)
+    assert all(future.cancelled() for future in sandbox.slow_ones)
+
+
+@dataclass
+class Clock:
+    """Time that passes only where a test says so."""
+
+    now: float = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@dataclass
+class ClockedSampler(ScriptedSampler):
+    """Each step takes a second of the clock; a request begins when there are less than ``places`` before it."""
+
+    clock: Clock = field(default_factory=Clock)
+    places: int = 99
+    never: int = -1  # a request that does not finish
+
+    def is_waiting(self, request_id: int) -> bool:
+        return request_id - len(self.released) >= self.places
+
+    def can_end(self, request_id: int) -> bool:
+        return not self.is_waiting(request_id) and request_id != self.never
+
+    def poll(self) -> list[Completion]:
+        self.clock.now += 1
+        return super().poll()
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, sampler: ClockedSampler, sandbox: SlowSandbox, max_wall_s: float) -> Group:
+    monkeypatch.setattr("groupwise.rollout.agent.time", sampler.clock)
+    found = run(sampler, sandbox, [task()], limits=replace(LIMITS, max_wall_s=max_wall_s), generations=4)
+    assert sorted(sampler.released) == sorted(sampler.contexts)
+    assert all(session.closed for session in sandbox.sessions)
+    return found[0]
+
+
+def test_a_trajectory_that_waits_for_its_code_ends_when_its_time_is_over() -> None:
+    script = {(sample, turn): code("a") for sample in range(4) for turn in range(3)}
+    script |= {(sample, 3): answer("3") for sample in range(4)} | {(2, 1): code("slow")}
+    sandbox, started = SlowSandbox(), time.perf_counter()
+    group = rollout(script, generations=4, sandbox=sandbox, limits=replace(LIMITS, max_wall_s=0.3))[0][0]
+    assert 0.3 <= time.perf_counter() - started < 3
+    assert [found.status for found in group.trajectories] == ["answered", "answered", "time_limit", "answered"]
+    late = group.trajectories[2]
+    assert [span.writer for span in late.spans] == ["prompt", "model", "environment", "model"]
+    assert late.is_void
+    assert len(late.executions) == 1
+    assert sandbox.slow_ones[0].cancelled()
+
+
+def test_what_comes_out_too_late_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(SlowSandbox):
+        """Its slow code has begun, so it cannot be cancelled, and ends when another one is asked for later."""
+
+        def execute(self, text: str) -> Future[Execution]:
+            if text == "slow":
+                future = super().execute(text)
+                future.set_running_or_notify_cancel()
+                return future
+            if text == "last":
+                self.slow_ones[0].set_result(Execution(True, "late", "ok", 0.0))
+            return super().execute(text)
+
+    script = {(sample, turn): code("a") for sample in range(4) for turn in range(3)}
+    script |= {(sample, 3): answer("3") for sample in range(4)} | {(0, 0): code("slow"), (1, 2): code("last")}
+    sampler = ClockedSampler(script, places=1)
+    group = timed(monkeypatch, sampler, Late(), 4.5)
+    assert [found.status for found in group.trajectories] == ["time_limit", "answered", "answered", "answered"]
+    assert group.trajectories[0].executions == []
+
+
+def test_a_turn_under_way_is_dropped_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = timed(monkeypatch, ClockedSampler([code("a"), answer("3")], never=1), SlowSandbox(), 20.0)
+    assert [found.status for found in group.trajectories] == ["answered", "time_limit", "answered", "answered"]
+    assert sum(group.trajectories[1].to_example().loss_mask) == 0
+
+
+def test_waiting_for_a_place_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = timed(monkeypatch, ClockedSampler([code("a"), answer("3")], places=1), SlowSandbox(), 2.5)
+    assert [found.status for found in group.trajectories] == ["answered"] * 4
+
+
+def test_ids_that_are_not_the_samplers_are_one_sentence() -> None:
+    class Lossy(ScriptedSampler):
+        def poll(self) -> list[Completion]:
+            return [replace(done, logprobs=done.logprobs[:-1]) for done in super().poll()]
+
+    class Forgetful(ScriptedSampler):
+        def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+            super().extend(request_id, token_ids[:-1], params)
+
+    for sampler, words in (
+        (Lossy([answer("3")]), r"of task 't0' has 35 sampled ids and 34 log-probabilities"),
+        (Forgetful([code("a"), answer("3")]), r"the ids of sample 0 of task 't0' are not those that the sampler holds"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            run(sampler, ScriptedSandbox(), [task()], generations=1)
+        assert sorted(sampler.released) == sorted(sampler.contexts)
+
+
+def test_a_file_that_is_missing_is_said_before_anything_begins(tmp_path: Path) -> None:
+    sampler = ScriptedSampler([answer("3")])
+    with pytest.raises(UserError, match=r"file .*gone\.csv does not exist"):
+        run(sampler, ScriptedSandbox(), [task(), replace(task(1), files=(str(tmp_path / "gone.csv"),))])
+    assert not sampler.contexts
+
+
+def test_a_file_that_vanishes_or_changes_fails_its_trajectories_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / f"{number}.csv" for number in range(3)]
+    for file in files:
+        file.write_text("a\n1\n")
+
+    class Meddled(ScriptedSampler):
+        def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+            super().extend(request_id, token_ids, params)
+            files[1].write_text("other\n")
+
+        def poll(self) -> list[Completion]:
+            files[0].unlink(missing_ok=True)
+            return super().poll()
+
+    tasks = [replace(task(number), files=(str(file),)) for number, file in enumerate(files)]
+    with Sandbox(workers=1) as sandbox:
+        script = [code("print(open(__import__('os').listdir('.')[0]).read())")] * 2 + [answer("3")]
+        groups = run(Meddled(script), sandbox, tasks, limits=replace(LIMITS, max_turns=3), generations=1)
+    gone, changed, whole = (group.trajectories[0] for group in groups)
+    assert (gone.status, changed.status, whole.status) == ("failed", "failed", "answered")
+    assert "0.csv does not exist" in gone.error
+    assert "1.csv was changed or removed" in changed.error
+    assert (len(gone.executions), len(changed.executions), len(whole.executions)) == (0, 1, 2)
+    assert sum(sum(found.to_example().loss_mask) for found in (gone, changed)) == 0
+    assert "of task 't0' failed" in caplog.text
 
 
 def test_progress_sees_each_trajectory_once() -> None:
@@ -318,42 +336,5 @@ def test_progress_sees_each_trajectory_once() -> None:
 def test_bad_limits_are_refused() -> None:
     with pytest.raises(UserError, match="max_turns is 0"):
         AgentLimits(max_turns=0)
-
-
-def test_real_rooms_fit_together() -> None:
-    """A random model, the real sampler and the real sandbox: the same trajectories at any concurrency."""
-    torch.manual_seed(0)
-    texts = [code("print(1)"), answer("3"), "How many?", DATAMIND.system]
-    tokenizer = Tokenizer.train(texts * 3, 340, all_tags())
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-    )  # fmt: skip
-    model = Model(config)
-    model.init_weights(1)
-    limits = AgentLimits(max_tokens_per_turn=24, max_trajectory_tokens=200)
-    tasks = [task(0), task(1, "agentic"), task(2, "reflection")]
-    found = []
-    with Sandbox(workers=1) as sandbox:
-        for concurrency in (0, 1):
-            sampler = Sampler(model, tokenizer, kv_memory=0.01, concurrency=concurrency)
-            found.append(
-                run_agent(
-                    sampler, sandbox, tasks, tokenizer=tokenizer, num_generations=4,
-                    params=SamplingParams(temperature=0.8), limits=limits, seed=5,
-                )
-            )  # fmt: skip
-            assert sampler.stats["used_blocks"] == 0
-    together, alone = ([each.token_ids for group in groups for each in group.trajectories] for groups in found)
-    assert together == alone
-    assert len({tuple(ids) for ids in together}) == len(together)
-    for group in found[0]:
-        for trajectory in group.trajectories:
-            example = trajectory.to_example()
-            assert example.old_logprobs is not None
-            ids = torch.tensor(example.token_ids)
-            attention = PackedAttention(torch.tensor([0, len(ids) - 1], dtype=torch.int32), len(ids) - 1)
-            with torch.no_grad():
-                logprobs, _ = model(ids[:-1], torch.arange(len(ids) - 1), attention, ids[1:], temperature=0.8)
-            mask = torch.tensor(example.loss_mask[1:]) > 0
-            assert torch.allclose(logprobs[mask], torch.tensor(example.old_logprobs[1:])[mask], atol=1e-4)
+    with pytest.raises(UserError, match="max_wall_s is 0"):
+        AgentLimits(max_wall_s=0)

@@ -1,9 +1,15 @@
 """Grammars: what is rendered is read back, nothing that a model writes raises, nothing from outside counts."""
 
+import re
+import time
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from groupwise.engine.errors import UserError
+from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rollout.grammar import GRAMMARS, Step, all_tags, neutralise
 from groupwise.rollout.task import Task, read_tasks, write_tasks
 from groupwise.rollout.trajectory import encode_spans
@@ -12,8 +18,16 @@ NAMES = sorted(GRAMMARS)
 WITH_CODE = ["agentic", "datamind"]
 TASK = Task("t1", "How many?", ("/data/t.csv",), "t.csv: a, b", "3", "number", "counting")
 
-# Text as a careful writer leaves it: no tags, no outer blanks, no fence.
-plain = st.text(st.characters(codec="utf-8", exclude_characters="<>`|"), max_size=40).map(str.strip).filter(bool)
+# Text as a careful writer leaves it: no tags, no outer blanks, no fence around it.
+TAG = re.compile("|".join([*all_tags(), r"<\|\w+\|>"]), re.IGNORECASE)
+plain = (
+    st.one_of(
+        st.text(st.characters(codec="utf-8"), max_size=40),
+        st.lists(st.sampled_from(["df", "[", "a < 3", " > ", "</", "<", "```", "\n", "    ", "é", "x|y"])).map("".join),
+    )
+    .map(str.strip)
+    .filter(lambda text: text and not TAG.search(text) and not text.startswith("```"))
+)
 pieces = st.sampled_from(
     [
         *all_tags(),
@@ -32,6 +46,11 @@ pieces = st.sampled_from(
     ]
 )
 messy = st.lists(pieces, max_size=25).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["How many rows have x < 3?", "print(df)"] * 9, 340, all_tags())
 
 
 class Characters:
@@ -59,6 +78,35 @@ def test_rendered_turns_are_read_back_without_repair(name: str, thought: str, co
         assert (turn.kind, turn.thought, turn.content, turn.repairs, turn.missing) == (kind, thought, content, [], "")
 
 
+@pytest.mark.parametrize("name", WITH_CODE)
+@given(lines=st.lists(st.sampled_from(["if x:", "    y = 1", "\ty", "", "z < 3"]), min_size=2))
+def test_indentation_is_read_back(name: str, lines: list[str]) -> None:
+    code = "\n".join(["first", *lines, "last"])
+    assert GRAMMARS[name].parse_turn(GRAMMARS[name].render_turn("code", "t", code)).content == code
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>t</think><code>```" + " " * 200_000 + "x</code>",
+        " " * 200_000 + "<|im_end|>x",
+        "<|endoftext|>" * 40_000 + "x",
+        "<action>" * 40_000 + "<action_input>x</action_input>",
+        "<code>" + "\n \t" * 100_000 + "x",
+        "<answer>" * 40_000,
+        "<think>" * 40_000,
+        "</" * 100_000,
+    ],
+    ids=lambda text: text[:30],
+)
+def test_long_runs_are_read_in_linear_time(name: str, text: str) -> None:
+    started = time.perf_counter()
+    GRAMMARS[name].parse_turn(text)
+    neutralise(text)
+    assert time.perf_counter() - started < 3  # what looks twice at a run takes minutes
+
+
 @settings(max_examples=300)
 @given(text=st.one_of(messy, st.text(max_size=80)), name=st.sampled_from(NAMES))
 def test_parser_never_raises_and_says_what_it_mended(text: str, name: str) -> None:
@@ -76,6 +124,13 @@ def test_parser_never_raises_and_says_what_it_mended(text: str, name: str) -> No
         assert "missing_closing_tag" in turn.repairs
         closed = grammar.parse_turn(text + turn.missing)
         assert (closed.kind, closed.missing) == (turn.kind, "")
+
+
+@given(text=messy)
+def test_no_token_of_a_tag_is_made_of_text_from_outside(text: str, tokenizer: Tokenizer) -> None:
+    tags = {tokenizer.token_id(tag) for tag in (*all_tags(), "<|im_start|>", "<|im_end|>")}
+    assert None not in tags
+    assert not tags & set(tokenizer.encode(neutralise(text)))
 
 
 @given(output=st.one_of(messy, st.text(max_size=60)), name=st.sampled_from(WITH_CODE))
@@ -122,6 +177,22 @@ def test_neutralise_keeps_what_is_no_tag() -> None:
         ("datamind", "<think>t</think><answer>5</answer><|im_end|>", "answer", "5", []),
         ("datamind", "<think>t</think><CODE>x</CODE><answer>5</answer>", "void", "", ["upper_case_tag"]),
         ("datamind", "<think>t</think><answer>5</answer><code>x</code>", "void", "", []),
+        ("datamind", "<answer>5</answer><think>t</think><code>x</code>", "void", "", ["missing_thought"]),
+        ("datamind", "<think>t</think><code>x</code><answer>5</answer>", "void", "", []),
+        ("datamind", "<think>t</think><code>x</code><code>y</code>", "void", "", []),
+        ("datamind", "<think>t</think><code>x<answer>5</answer>", "void", "", ["missing_closing_tag"]),
+        ("datamind", "<think>t</think><answer>5<code>x</code>", "void", "", ["missing_closing_tag"]),
+        ("datamind", "<think>t</think><code>x<code>y", "void", "", ["missing_closing_tag"]),
+        ("datamind", "<think>t</think><code>x<answer>5</answer></code>", "code", "x<answer>5</answer>", ["nested_tag"]),
+        ("datamind", "<think>a<think>t</think><code>x</code>", "code", "x", []),
+        ("datamind", "<THINK>t</Think><Code>x</CODE>", "code", "x", ["upper_case_tag"]),
+        ("datamind", "<think>t</think><code>\n```python\nx\n```\n</code>", "code", "x", ["code_fence"]),
+        ("datamind", "<think>t</think><code>```py x```</code>", "code", "x", ["code_fence"]),
+        ("datamind", "<think>t</think><code>```\nx", "code", "x", ["code_fence", "missing_closing_tag"]),
+        ("datamind", "<think>t</think><code>```sql\n```</code>", "code", "", ["code_fence", "empty_code"]),
+        ("datamind", "<think>t</think><code> \n \n</code>", "code", "", ["empty_code"]),
+        ("datamind", "<think>\ufffd</think><code>x = '\ufffd'</code>", "code", "x = '\ufffd'", []),
+        ("datamind", "<think>t</think>\ufffd<code>x</code>", "code", "x", ["text_outside_tags"]),
         ("datamind", "no tags", "void", "", ["missing_thought"]),
         ("datamind", "", "void", "", ["missing_thought"]),
         ("datamind", "<think>t</think><interpreter>1</interpreter><answer>1</answer>", "answer", "1",
@@ -134,6 +205,10 @@ def test_neutralise_keeps_what_is_no_tag() -> None:
         ("agentic", "<step><thought>t</thought><action>python_executor</action><action_input>x</step>", "code", "x",
          ["missing_closing_tag"]),
         ("agentic", "<stop_analysis><thought>t</thought><answer>7</answer>", "answer", "7", ["missing_closing_tag"]),
+        ("agentic", "<step><thought>t</thought><action_input>x</step>", "code", "x",
+         ["missing_action", "missing_closing_tag"]),
+        ("agentic", "<step><thought>t</thought><action>python_executor</action><action_input>x</action_input></step>"
+         "<stop_analysis><answer>7</answer></stop_analysis>", "void", "", []),
         ("agentic", "<step><thought>t</thought><answer>7</answer></step>", "answer", "7",
          ["missing_closing_tag", "missing_wrapper"]),
         ("reflection", "<think>t</think><answer>7</answer>", "answer", "7", []),
@@ -151,6 +226,15 @@ def test_missing_closing_tags_can_be_forced() -> None:
     assert agentic.parse_turn(text).missing == "ut></step>"
     assert agentic.parse_turn(text + "ut>").missing == "</step>"
     assert agentic.parse_turn(text + "ut></st").missing == "ep>"
+
+
+def test_the_prompt_asks_for_the_language_of_the_task() -> None:
+    asked = {name: GRAMMARS[name].prompt(replace(TASK, language="sql"), Characters()) for name in NAMES}
+    assert asked["datamind"] == "[Answer by SQL queries.][t.csv: a, b\nHow many?]"
+    assert asked["agentic"] == "[Answer in notebook steps of SQL.][t.csv: a, b\nHow many?]"
+    assert asked["reflection"] == GRAMMARS["reflection"].prompt(TASK, Characters())
+    with pytest.raises(UserError, match="has language 'r'; expected one of python, sql"):
+        replace(TASK, language="r")
 
 
 def test_a_trajectory_is_spans_of_text_tokenised_one_by_one() -> None:
