@@ -1,7 +1,7 @@
 """Attacks and accidents in SQL, for whatever runs queries: on a database (`SQLITE`), on .csv files (`DUCKDB`).
 
-Each is a name -> (query, a regular expression for what the model reads). Under `LIMITS` each ends within seconds, no file
-of the task changes, no file appears beside the result, and what `build` puts into files that are not the task's
+Each is a name -> (query, a regular expression for what the model reads). Under `LIMITS` each ends within seconds, no
+file of the task changes, no file appears beside the result, and what `build` puts into files that are not the task's
 (`SECRET`) is not read.
 """
 
@@ -105,7 +105,7 @@ SQLITE = {
     "group_concat": (f"{ENDLESS} SELECT group_concat(hex(zeroblob(1000))) FROM c", BIG),
     "json_group_array": (f"{ENDLESS} SELECT json_group_array(x) FROM c", BIG),
     "json depth": ("SELECT json('" + "[" * 50000 + "')", "malformed JSON"),
-    "json of everything": ("SELECT json_each.value FROM json_each('[' || replace(hex(zeroblob(99999)), '0', '1,') || '1]')", CAPPED),
+    "json of many": ("SELECT value FROM json_each('[' || replace(hex(zeroblob(9999)), '0', '1,') || '1]')", CAPPED),
     "REGEXP": ("SELECT 'aaaa' REGEXP '(a+)+$'", "no such function: REGEXP"),
     "LIKE": ("SELECT hex(zeroblob(400000)) LIKE '" + "%0" * 600 + "'", "pattern too complex"),
     "GLOB": ("SELECT hex(zeroblob(400000)) GLOB '" + "*0" * 600 + "'", "pattern too complex"),
@@ -186,6 +186,8 @@ DUCKDB = {
     "huge cross join": ("SELECT count(*) FROM range(10000000) a, range(10000000) b", LATE + "|" + BIG),
     "huge sort": ("SELECT * FROM range(1000000000000) ORDER BY random()", BIG),
     "huge list": ("SELECT list(a) FROM range(1000000000000) t(a)", BIG),
+    "huge string": ("SELECT repeat('x', 4000000000)", BIG),
+    "many strings": ("SELECT list(repeat('x', 100000)) FROM range(1000000)", BIG),
     "sleep": ("SELECT sleep_ms(60000)", LATE),
     "parameters": ("SELECT ?", "parameters"),
     "null character": ("SELECT 1\0", "null"),

@@ -48,6 +48,8 @@ EFFECTS = ("load_extension", "fts3_tokenizer")
 # The last two are what full-text indexes ask for themselves when they are read; they may not be set.
 SCHEMA = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
 STATE = ("data_version", "page_size")
+# What DuckDB reads of the machine whenever it starts; where it may not, it does not start.
+DUCKDB_READS = ("/proc/self/cgroup", "/sys/fs/cgroup")
 CLOCK_STEPS = 200  # of SQLite's virtual machine between two looks at the clock: a step may take milliseconds
 
 Result = tuple[list[str], Iterable[Sequence[object]]]
@@ -64,7 +66,7 @@ class SqlLimits:
     Args:
         sql_s: seconds until it is stopped, loading of .csv files included.
         max_rows: rows of the result kept.
-        max_bytes: bytes of the result kept, and of any one value on the way to it.
+        max_bytes: bytes of the result kept, and of any one value in SQLite (at least 1 MiB).
         memory_mib: MiB that the engine may use.
     """
 
@@ -174,11 +176,11 @@ def _open(files: Sequence[str], limits: SqlLimits) -> sqlite3.Connection:
             for file, name in zip(files, _names(files, ("main", "temp")), strict=True):
                 connection.execute(f"ATTACH ? AS {_quoted(name)}", (_uri(file),))
         caps = {
-            sqlite3.SQLITE_LIMIT_LENGTH: limits.max_bytes,
+            sqlite3.SQLITE_LIMIT_LENGTH: max(limits.max_bytes, 2**20),  # or it cannot read a schema
             sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
             sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 200,
             sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 1000,
-            sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER: 1,
+            sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER: 100,  # full-text search uses some
             sqlite3.SQLITE_LIMIT_ATTACHED: 0,
         }
         for cap, value in caps.items():
@@ -207,7 +209,7 @@ def _authorizer(refused: list[str]) -> Callable[..., int]:
                 return sqlite3.SQLITE_OK
             refused.append(f"the function {second} is not available here")
         elif action == sqlite3.SQLITE_UPDATE and first == "sqlite_master":
-            # Asked whenever a virtual table is opened; a statement that names it is refused by the parser.
+            # Asked whenever a virtual table is opened; the parser refuses a statement that names this table.
             return sqlite3.SQLITE_OK
         elif action == sqlite3.SQLITE_PRAGMA:
             name = (first or "").lower()
@@ -275,7 +277,10 @@ def _time_limit(connection: Any, limits: SqlLimits) -> Iterator[None]:
             connection.interrupt()
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    try:
+        watcher.start()
+    except RuntimeError:
+        raise MemoryError from None
     try:
         yield
     finally:
@@ -293,7 +298,7 @@ def _late(limits: SqlLimits) -> str:
 def _write(columns: list[str], rows: Iterable[Sequence[object]], target: str, limits: SqlLimits) -> str:
     """Writes the CSV; returns what the model sees of it."""
     line = io.StringIO()
-    writer = csv.writer(line, lineterminator="\n")
+    writer = csv.writer(line, lineterminator="\r\n")  # it quotes a value only for line ends that are its own
     first: list[Sequence[object]] = []
     count = size = 0
     cut = False
@@ -301,7 +306,7 @@ def _write(columns: list[str], rows: Iterable[Sequence[object]], target: str, li
         with open(target, "wb") as file:
             for row in chain([columns], rows):
                 writer.writerow([_field(value) for value in row])
-                data = line.getvalue().encode("utf-8", "replace")
+                data = line.getvalue()[:-2].encode("utf-8", "replace") + b"\n"
                 line.seek(0)
                 line.truncate()
                 size += len(data)
