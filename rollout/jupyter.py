@@ -1,4 +1,4 @@
-"""What the first cell of a notebook does: a function whose source is copied there, where this package is not needed."""
+"""What the first cell of a notebook does: functions whose source is copied there, where this package is not needed."""
 
 
 def imitate_sandbox(files: list[str]) -> None:
@@ -65,7 +65,9 @@ def imitate_sandbox(files: list[str]) -> None:
         """Runs a cell in a forked copy of this kernel: of a cell that failed in the sandbox nothing stayed either."""
         state = random.getstate()
         receive, send = os.pipe()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this kernel has threads
+            pid = os.fork()
         if pid == 0:
             try:
                 random.setstate(state)  # the module seeds itself anew in a fork
@@ -108,3 +110,39 @@ def imitate_sandbox(files: list[str]) -> None:
     os.chdir(shell.working_folder.name)
     random.seed(0)
     numpy.random.seed(0)
+
+
+def add_sql(files: list[str]) -> None:
+    """Adds the cell magic `%%sql` to a Jupyter kernel: it runs a query over the files, and pandas prints the result.
+
+    As in the sandbox, SQLite reads databases (the first is `main`; of several, each has its stem as its name), and
+    where there is none, DuckDB reads .csv files as tables named by their stems.
+    """
+    import os
+    import sqlite3
+    from typing import Any
+
+    import pandas
+    from IPython import get_ipython
+
+    names = {os.path.basename(path): os.path.splitext(os.path.basename(path))[0] for path in files}
+    databases = [name for name in names if name.lower().endswith((".sqlite", ".sqlite3", ".db", ".db3"))]
+    connection: Any
+    if databases:
+        connection = sqlite3.connect(databases[0])
+        for name in databases if len(databases) > 1 else ():
+            connection.execute("ATTACH ? AS ?", (name, names[name]))
+    else:
+        import duckdb
+
+        connection = duckdb.connect()
+        for name, stem in names.items():
+            connection.from_csv_auto(name, header=True).create(stem)
+
+    def sql(line: str, cell: str) -> None:
+        cursor = connection.execute(cell)
+        columns = [column[0] for column in cursor.description]
+        print(pandas.DataFrame(cursor.fetchall(), columns=columns).to_string(index=False, max_rows=10))
+
+    shell: Any = get_ipython()
+    shell.register_magic_function(sql, "cell")
