@@ -236,7 +236,8 @@ class _Loop:
                 self._end(episode, "time_limit")
 
     def _is_late(self, episode: _Episode, now: float) -> bool:
-        assert self._limits.max_wall_s is not None and episode.request is not None
+        assert self._limits.max_wall_s is not None
+        assert episode.request is not None
         if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
             episode.deadline = now + self._limits.max_wall_s
         return now >= episode.deadline

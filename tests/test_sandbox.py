@@ -121,7 +121,7 @@ def test_capture_keeps_head_and_tail() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_executions_in_a_row() -> None:
-    """None is lost or mixed up, the client's and the server's memory stay flat, no process and no descriptor is left."""
+    """None is lost or mixed up, both sides' memory stays flat, no process and no descriptor is left."""
     with Sandbox(LIMITS, workers=8) as sandbox:
         server = descendants(sandbox.server_pid)[-1]
 
