@@ -2,20 +2,16 @@
 
 
 def imitate_sandbox(files: list[str]) -> None:
-    """Makes a Jupyter kernel run cells as the sandbox ran them, and adds the cell magics `%%forked` and `%%stopped`.
+    """Makes a Jupyter kernel run cells as the sandbox ran them.
 
     Works in a temporary folder, with a copy of each file: that which lies beside the notebook, else that at its path.
     """
     import ast
-    import io
-    import json
-    import linecache
     import os
     import random
     import shutil
     import sys
     import tempfile
-    import traceback
     import warnings
     from typing import Any
 
@@ -40,14 +36,47 @@ def imitate_sandbox(files: list[str]) -> None:
         nonlocal succeeded
         succeeded += result.success
 
-    def name_cell(*_: object) -> str:
-        return f"<cell {succeeded + 1}>"
+    shell: Any = get_ipython()
+    shell.ast_node_interactivity = "none"  # what is not printed is not shown
+    shell.ast_transformers.append(Exits())
+    shell.events.register("post_run_cell", count)
+    shell.compile.get_code_name = lambda *_: f"<cell {succeeded + 1}>"
+    shell.user_ns["exit"] = shell.user_ns["quit"] = sys.exit  # IPython's end the kernel
+    sys.argv, sys.stderr = [""], sys.stdout
+    os.environ.update(MPLBACKEND="Agg", COLUMNS="80", LINES="24")
+    warnings.simplefilter("ignore")
+    pandas.set_option("display.max_columns", 0)  # as many as fit the width
+    pandas.set_option("mode.string_storage", "python")
+    shell.working_folder = tempfile.TemporaryDirectory()  # removed with the kernel
+    for path in files:
+        beside = os.path.basename(path)
+        shutil.copy(beside if os.path.exists(beside) else path, shell.working_folder.name)
+    os.chdir(shell.working_folder.name)
+    random.seed(0)
+    numpy.random.seed(0)
+
+
+def add_failures() -> None:
+    """Adds the cell magics `%%forked` and `%%stopped` to a Jupyter kernel, for cells that failed in the sandbox."""
+    import io
+    import json
+    import linecache
+    import os
+    import random
+    import sys
+    import traceback
+    import warnings
+    from typing import Any
+
+    from IPython import get_ipython
+
+    shell: Any = get_ipython()
 
     def fail(name: str, message: str, lines: list[str]) -> None:
         raise type(name, (Exception,), {"_render_traceback_": lambda self: lines})(message)
 
     def run(code: str) -> tuple[str, str, list[str]]:
-        name = name_cell()
+        name = shell.compile.get_code_name()
         linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
         try:
             exec(compile(code, name, "exec", dont_inherit=True), shell.user_ns)
@@ -90,26 +119,8 @@ def imitate_sandbox(files: list[str]) -> None:
         name, _, message = line.partition(": ")
         fail(name, message, [line])
 
-    shell: Any = get_ipython()
-    shell.ast_node_interactivity = "none"  # what is not printed is not shown
-    shell.ast_transformers.append(Exits())
-    shell.events.register("post_run_cell", count)
-    shell.compile.get_code_name = name_cell
     for magic in (forked, stopped):
         shell.register_magic_function(magic, "cell")
-    shell.user_ns["exit"] = shell.user_ns["quit"] = sys.exit  # IPython's end the kernel
-    sys.argv, sys.stderr = [""], sys.stdout
-    os.environ.update(MPLBACKEND="Agg", COLUMNS="80", LINES="24")
-    warnings.simplefilter("ignore")
-    pandas.set_option("display.max_columns", 0)  # as many as fit the width
-    pandas.set_option("mode.string_storage", "python")
-    shell.working_folder = tempfile.TemporaryDirectory()  # removed with the kernel
-    for path in files:
-        beside = os.path.basename(path)
-        shutil.copy(beside if os.path.exists(beside) else path, shell.working_folder.name)
-    os.chdir(shell.working_folder.name)
-    random.seed(0)
-    numpy.random.seed(0)
 
 
 def add_sql(files: list[str]) -> None:

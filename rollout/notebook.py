@@ -2,8 +2,8 @@
 
     save_notebook("answer.ipynb", trajectory, tokenizer)
 
-The first cell makes a plain kernel behave as the sandbox did (`jupyter.imitate_sandbox`): seeds, files, exits,
-warnings, and nothing shown but what is printed. Code follows in cells of three kinds:
+The first cell makes a plain kernel behave as the sandbox did (`jupyter.py`): seeds, files, exits, warnings, and nothing
+shown but what is printed. Code follows in cells of three kinds:
 
     succeeded          as the model wrote it
     failed             behind `%%forked`: it runs in a copy of the kernel and leaves nothing, as in the sandbox
@@ -13,8 +13,8 @@ The last two are tagged "raises-exception", so that a run goes on behind them. N
 (PYTHONHASHSEED is 0 in the sandbox), paths and limits, what code printed before it was ended, files that a failed cell
 wrote and, without `os.fork`, what it prints.
 
-A query is behind `%%sql`, which the first cell defines (`jupyter.add_sql`). Its result is stored as the sandbox printed
-it, and is printed by pandas when it runs again.
+A query is behind `%%sql`, which the first cell defines; its result is stored as the sandbox printed it, and is printed
+by pandas when it runs again.
 
 What was written and not run (a void turn, a turn that was cut, code of the last turn) is a raw cell. Metadata under the
 key "groupwise" say of a cell who wrote it, in which turn, what the parser mended, how its execution went and what the
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from nbformat import NotebookNode, v4
 
 from ..engine.errors import UserError
 from .grammar import GRAMMARS
-from .jupyter import add_sql, imitate_sandbox
+from .jupyter import add_failures, add_sql, imitate_sandbox
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -97,11 +97,13 @@ def write_notebook(path: str | Path, notebook: NotebookNode) -> None:
 
 
 def _setup(task: Mapping[str, Any]) -> str:
-    """Source of the first cell: functions, their calls, and no name that stays."""
-    functions = [imitate_sandbox, add_sql] if _is_sql(task) else [imitate_sandbox]
-    sources = [inspect.getsource(function) for function in functions]
-    calls = [f"{function.__name__}({task['files']!r})\ndel {function.__name__}" for function in functions]
-    return "\n\n".join([*sources, "\n".join(calls)])
+    """Source of the first cell: functions and their calls; none of their names stays."""
+    files = f"({task['files']!r})"
+    calls: dict[Callable[..., None], str] = {imitate_sandbox: files, add_failures: "()"}
+    if _is_sql(task):
+        calls[add_sql] = files
+    lines = [f"{function.__name__}{arguments}\ndel {function.__name__}" for function, arguments in calls.items()]
+    return "\n\n".join([*map(inspect.getsource, calls), "\n".join(lines)])
 
 
 def _is_sql(task: Mapping[str, Any]) -> bool:

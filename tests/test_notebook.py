@@ -21,7 +21,7 @@ DATAMIND = GRAMMARS["datamind"]
 ODD = 'it\'s a "täble" {1}.csv'
 # Each chunk shows something in which Jupyter differs from the sandbox.
 CHUNKS = [
-    f"import pandas as pd\ndf = pd.read_csv({ODD!r})\ndf.head()\nprint(df)\ndf.info()",
+    f"import pandas as pd\ndf = pd.read_csv({ODD!r})\ndf.head()\nprint(df)\ndf.info(memory_usage='deep')",
     "import random, numpy as np\nprint(random.random(), np.random.rand())\ndf",
     "df = df[df.c0 > 3]\nprint(random.random(), np.random.rand(), end='')\nprint(len(df['nothing']))",  # fails
     "print(len(df), random.random(), np.random.rand())",  # of what the failed chunk did, nothing is seen
