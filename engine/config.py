@@ -254,6 +254,11 @@ class SandboxConfig:
         "how a trajectory's state is kept: earlier code runs again, or a paused process holds it",
         changeable=True,
     )
+    packages: str = setting(
+        "",
+        "packages that code may have installed by importing them, separated by blanks, import=distribution where the "
+        "names differ; none: nothing is installed",
+    )
     workers: int = setting(2, "executions at once on a rank", minimum=1, changeable=True)
     isolation: Literal["auto", "none"] = setting(
         "auto", "auto: what the kernel enforces, refuse where it enforces nothing; none: run all the same"

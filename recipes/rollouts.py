@@ -12,7 +12,7 @@ from ..engine.model import Model
 from ..rollout.agent import AgentLimits, run_agent
 from ..rollout.record import Recorder, write_records
 from ..rollout.sampler import Sampler, SamplingParams
-from ..rollout.sandbox import Limits, Sandbox
+from ..rollout.sandbox import Installer, Limits, Sandbox
 from ..rollout.spread import spread
 from ..rollout.task import Task
 from ..rollout.trajectory import Group
@@ -121,4 +121,6 @@ def open_sandbox(run: Run) -> Sandbox:
         memory_gib=settings.memory_gib,
         isolation=settings.isolation,
     )
-    return Sandbox(limits, workers=settings.workers, execution=settings.execution)
+    allowed = settings.packages.split()
+    installer = Installer(allowed, str(run.folder / f"packages/rank{run.mesh.rank}")) if allowed else None
+    return Sandbox(limits, workers=settings.workers, execution=settings.execution, installer=installer)

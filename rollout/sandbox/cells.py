@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from os import dup2, write  # by name, as model code may change the module
 
-DONE, FAILED, MEMORY = 96, 1, 97  # Exit statuses; 0 would be that of code which ends its process itself.
+DONE, FAILED, MEMORY, TIMEOUT = 96, 1, 97, 95  # Exit statuses; 0 would be that of code which ends its process itself.
 REPORT = 3  # descriptor by which the error report leaves, whatever model code does to the streams
 MAX_FRAMES = 3
 MAX_ERROR_CHARS = 400

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from . import kernel, seccomp
-from .cells import DONE, FAILED, REPORT, Cells
+from .cells import DONE, FAILED, MEMORY, REPORT, TIMEOUT, Cells
 from .job import Job
 from .kernel import Features
 from .limits import Limits
@@ -130,6 +130,6 @@ def _run_query(job: Job, limits: Limits) -> int:
     try:
         text, status = run_sql(job.code, names, job.result_name, limits=caps), DONE
     except SqlError as error:
-        text, status = str(error), FAILED
+        text, status = str(error), {"error": FAILED, "timeout": TIMEOUT, "memory": MEMORY}[error.verdict]
     os.write(REPORT, (text + "\n").encode("utf-8", "replace"))
     return status

@@ -34,7 +34,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ from ...engine.errors import UserError
 from . import cgroup
 from .calls import refusal
 from .execution import Execution
+from .install import Installer
 from .job import Job, Language
 from .limits import Limits
 from .session import Session
@@ -246,13 +247,19 @@ class Sandbox:
         workers: executions at once.
         execution: how a session keeps its state: "replay" runs the chunks before again, "forked" keeps a paused process
             for each session, which takes memory instead of time and needs PID namespaces; without them it replays.
+        installer: what installs packages that code imports, before it runs; None: nothing is installed.
 
     Raises:
         UserError: the server cannot start, or the machine isolates nothing and `limits.isolation` is "auto".
     """
 
     def __init__(
-        self, limits: Limits | None = None, workers: int = 2, *, execution: Literal["replay", "forked"] = "replay"
+        self,
+        limits: Limits | None = None,
+        workers: int = 2,
+        *,
+        execution: Literal["replay", "forked"] = "replay",
+        installer: Installer | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise UserError(f"the sandbox needs Linux, this is {sys.platform}")
@@ -272,6 +279,7 @@ class Sandbox:
                 "set isolation = 'none' to run it nevertheless"
             )
         self._forks = execution == "forked" and self._link.hello["nested"]
+        self._installer = installer
 
     def open(self, files: Sequence[str] = (), language: Language = "python") -> Session:
         """A session of chunks over some files; see `Session`.
@@ -318,8 +326,27 @@ class Sandbox:
         if language == "python" and (reason := refusal(code)):
             future.set_result(Execution(False, reason + "\n", "refused", 0.0))
             return future
-        self._link.send(Job(next(self._numbers), code, list(history), list(files), language, session), future)
+        packages = self._installer.folder if self._installer is not None else ""
+        job = Job(next(self._numbers), code, list(history), list(files), language, session, packages)
+        if self._installer is None or language != "python":
+            self._link.send(job, future)
+        else:
+            threading.Thread(target=self._install_and_send, args=(self._installer, job, future), daemon=True).start()
         return future
+
+    def _install_and_send(self, installer: Installer, job: Job, future: Future[Execution]) -> None:
+        """Sends a job when the packages that it imports are there; what could not be installed ends its output."""
+        try:
+            problem = installer.ensure(job.code).problem
+            sent: Future[Execution] = Future()
+            self._link.send(job, sent)
+            execution = sent.result()
+        except Exception as error:
+            _settle(future, error=error)
+            return
+        if problem and not execution.ok:
+            execution = replace(execution, output=f"{execution.output}{problem}\n")
+        _settle(future, execution)
 
     def enforced(self) -> tuple[str, ...]:
         """What the kernel of this machine enforces on each execution, one entry each."""

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from .cells import DONE, MEMORY
+from .cells import DONE, MEMORY, TIMEOUT
 from .child import UNCONFINED
 from .job import Job
 from .paused import ENDED, KEPT
@@ -190,4 +190,4 @@ class Run:
         code = os.WEXITSTATUS(status)
         if code == 0:
             return "error", "Exited: the code ended its process itself (os._exit)"
-        return {DONE: "ok", MEMORY: "memory", UNCONFINED: "failure"}.get(code, "error"), ""
+        return {DONE: "ok", MEMORY: "memory", TIMEOUT: "timeout", UNCONFINED: "failure"}.get(code, "error"), ""

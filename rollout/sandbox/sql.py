@@ -32,7 +32,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 DATABASES, TABLES = (".sqlite", ".sqlite3", ".db", ".db3"), (".csv",)
@@ -56,7 +56,15 @@ Result = tuple[list[str], Iterable[Sequence[object]]]
 
 
 class SqlError(Exception):
-    """A query that failed or was refused; the message is one sentence for the model."""
+    """A query that failed or was refused; the message is one sentence for the model.
+
+    Attributes:
+        verdict: "error", or "timeout" or "memory" where that limit ended it.
+    """
+
+    def __init__(self, message: str, verdict: Literal["error", "timeout", "memory"] = "error") -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ def run_sql(query: str, files: Sequence[str], target: str, *, limits: SqlLimits)
         with source as (columns, rows):
             return _write(columns, rows, target, limits)
     except MemoryError:
-        raise SqlError(f"the query needs more than {limits.memory_mib} MiB of memory; let it return less") from None
+        message = f"the query needs more than {limits.memory_mib} MiB of memory; let it return less"
+        raise SqlError(message, "memory") from None
 
 
 def _statement(query: str) -> str:
@@ -158,8 +167,8 @@ def _sqlite(query: str, files: Sequence[str], limits: SqlLimits) -> Iterator[Res
     except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
         message = str(error)
         if message == "interrupted":
-            message = _late(limits)
-        elif "one statement at a time" in message:
+            raise _late(limits) from None
+        if "one statement at a time" in message:
             message = ONE_READ
         raise SqlError(refused[0] if refused else message) from None
 
@@ -259,7 +268,7 @@ def _duckdb(query: str, files: Sequence[str], limits: SqlLimits) -> Iterator[Res
             columns = [column[0] for column in cursor.description or ()]
             yield columns, (row for rows in iter(lambda: cursor.fetchmany(1000), []) for row in rows)
     except duckdb.InterruptException:
-        raise SqlError(_late(limits)) from None
+        raise _late(limits) from None
     except duckdb.OutOfMemoryException:
         raise MemoryError from None
     except duckdb.Error as error:
@@ -291,8 +300,8 @@ def _time_limit(connection: Any, limits: SqlLimits) -> Iterator[None]:
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
-def _late(limits: SqlLimits) -> str:
-    return f"the query was stopped after {limits.sql_s:g} s; let it read or join less"
+def _late(limits: SqlLimits) -> SqlError:
+    return SqlError(f"the query was stopped after {limits.sql_s:g} s; let it read or join less", "timeout")
 
 
 def _write(columns: list[str], rows: Iterable[Sequence[object]], target: str, limits: SqlLimits) -> str:
