@@ -60,7 +60,7 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
 
 
 def named_values(text: str) -> dict[str, str | None]:
-    """The pairs of DABench's ``@name[value]`` by lower-case name, lists without brackets; a name given twice has None."""
+    """The pairs of DABench's ``@name[value]`` by lower-case name; a list has no brackets, a name given twice None."""
     pairs: dict[str, str | None] = {}
     for name, value in NAMED.findall(text):
         pairs[name.lower()] = None if name.lower() in pairs else value.strip().strip("[]").strip()
