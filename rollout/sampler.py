@@ -206,6 +206,14 @@ class Sampler:
         self._scheduler.remove(self._find(request_id))
         del self._requests[request_id]
 
+    def token_ids(self, request_id: int) -> Sequence[int]:
+        """All ids of a request, prompt and observations included, as far as they were sampled and read.
+
+        Raises:
+            ValueError: the request is unknown.
+        """
+        return self._find(request_id).token_ids
+
     def poll(self) -> list[Completion]:
         """One step: prefills what can start, up to ``prefill_tokens``, and decodes one token of every running request.
 

@@ -6,7 +6,7 @@ Token in, token out: a trajectory holds the ids that were sampled; nothing here 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..engine.batch import Example
@@ -105,7 +105,9 @@ class Trajectory:
             "answer": self.answer,
             "reward": self.reward,
             "rewards": self.rewards,
+            "advantage": self.advantage,
             "spans": [{"writer": span.writer, "text": tokenizer.decode(span.token_ids)} for span in self.spans],
+            "executions": [asdict(execution) for execution in self.executions],
         }
 
     def to_example(self, *, mask_void: bool = False, group: int = -1) -> Example:
