@@ -8,20 +8,27 @@ back in the last observation: a value that is lost or changed on the way is an a
 
 ``datamind`` and ``agentic`` count the questions whose answer ``rewards.answer`` finds right (numbers within 3 %);
 ``exact`` those right in both grammars by the benchmark's own rule: each value is the label's text, or a number within
-1e-6 of it. ``failed_runs`` are pieces of code that fail, which those meant to are.
+1e-6 of it. ``runs`` are executions in both grammars, and ``failed_runs`` those that fail, as each planned mistake does.
+
+With ``--rerun`` each trajectory is saved as a notebook, which is validated and run again in a new kernel: ``same_cells``
+print what the sandbox printed and end with the same error, ``other_cells`` do not.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import nbformat
 import pandas as pd
+from nbclient import NotebookClient
 
 from groupwise.bench import common
 from groupwise.data.tables import describe
@@ -30,8 +37,9 @@ from groupwise.rewards.answer import answer_correct
 from groupwise.rollout.agent import AgentLimits, run_agent
 from groupwise.rollout.generation import Completion
 from groupwise.rollout.grammar import GRAMMARS, Grammar, all_tags
+from groupwise.rollout.notebook import save_notebook
 from groupwise.rollout.sampler import SamplingParams
-from groupwise.rollout.sandbox import Sandbox
+from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Trajectory
 
@@ -42,6 +50,7 @@ PIECES = {"first": "I read the table.", "mistake": "I go on.", "then": "I comput
 LIMITS = AgentLimits(max_tokens_per_turn=4096, max_trajectory_tokens=16384)
 VOCABULARY = 4096
 LABEL_TOLERANCE = 1e-6
+KERNELS = 2  # at once
 LABEL = re.compile(r"@(\w+)\[(.*?)\]")  # as the benchmark reads an answer
 
 Program = Mapping[str, str]
@@ -157,6 +166,11 @@ def run(tasks: Mapping[int, Task], programs: Mapping[int, Program]) -> tuple[dic
     return {number: group.trajectories[0] for number, group in zip(asked, groups, strict=True)}, tokenizer
 
 
+def reaches(trajectory: Trajectory) -> bool:
+    """Whether the answer is the gold one."""
+    return answer_correct(trajectory.answer, trajectory.task)
+
+
 def exact(trajectory: Trajectory) -> bool:
     """Whether the benchmark's own rule accepts the answer."""
     said = dict(LABEL.findall(trajectory.answer or ""))
@@ -168,6 +182,35 @@ def _is_label(said: str, label: str) -> bool:
         return said == label or abs(float(said) - float(label)) < LABEL_TOLERANCE
     except ValueError:
         return False
+
+
+def rerun(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> list[bool]:
+    """Whether each execution's cell gives the same output again, in a notebook that is saved, read and run anew."""
+    save_notebook(file, trajectory, tokenizer)
+    notebook = nbformat.read(file, as_version=4)
+    nbformat.validate(notebook)
+    _, *cells = [cell for cell in notebook.cells if cell.cell_type == "code"]  # the first sets the kernel up
+    for cell in cells:
+        cell.outputs = []
+    folder = {"metadata": {"path": str(file.parent)}}
+    NotebookClient(notebook, timeout=120, resources=folder, extra_arguments=["--log-level=ERROR"]).execute()
+    return [_is_same(cell.outputs, run) for cell, run in zip(cells, trajectory.executions, strict=True)]
+
+
+def _is_same(outputs: Sequence[nbformat.NotebookNode], execution: Execution) -> bool:
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    errors = [f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"]
+    if execution.ok or not errors:
+        return execution.ok and printed == execution.output and len(outputs) <= 1
+    # Between the two stand the lines of code that led to the error.
+    return execution.output.startswith(printed) and execution.output.rstrip().endswith(errors[0])
+
+
+def rerun_all(trajectories: Sequence[Trajectory], tokenizer: Tokenizer) -> list[list[bool]]:
+    """`rerun` for several trajectories, in a folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(KERNELS) as pool:
+        files = [Path(folder) / f"{number}.ipynb" for number in range(len(trajectories))]
+        return list(pool.map(lambda one, file: rerun(one, tokenizer, file), trajectories, files))
 
 
 def table_rows(found: Mapping[str, Mapping[int, Trajectory]]) -> list[common.Row]:
@@ -192,23 +235,29 @@ def _counts(found: Mapping[str, Mapping[int, Trajectory]], numbers: Sequence[int
     }
 
 
-def reaches(trajectory: Trajectory) -> bool:
-    """Whether the answer is the gold one."""
-    return answer_correct(trajectory.answer, trajectory.task)
-
-
 def main() -> None:
     own = common.parser(__doc__)
     own.add_argument("--data", type=Path, required=True, help="folder with questions.jsonl, labels.jsonl and tables/")
+    own.add_argument("--rerun", action="store_true", help="also run every trajectory again as a notebook")
     args = own.parse_args()
     programs = read_programs()
-    found = {mode: run(read_tasks(args.data, mode), programs)[0] for mode in MODES}
-    for mode, trajectories in found.items():
-        for number, trajectory in trajectories.items():
-            if not reaches(trajectory):
-                print(f"not reached, {number} {mode} ({trajectory.status})")
-                print(f"    said: {trajectory.answer}\n    gold: {trajectory.task.answer}")
-    common.report("dabench", table_rows(found), args)
+    found: dict[str, dict[int, Trajectory]] = {}
+    cells: list[bool] = []
+    for mode in MODES:
+        found[mode], tokenizer = run(read_tasks(args.data, mode), programs)
+        trajectories = list(found[mode].values())
+        reruns = rerun_all(trajectories, tokenizer) if args.rerun else [[] for _ in trajectories]
+        for one, same in zip(trajectories, reruns, strict=True):
+            cells += same
+            if not reaches(one):
+                print(f"not reached: {one.task.id}, {mode}, {one.status}")
+                print(f"    said: {(one.answer or '').splitlines()}\n    gold: {one.task.answer}")
+            if not all(same):
+                print(f"other output: {one.task.id}, {mode}")
+    rows = table_rows(found)
+    if args.rerun:
+        rows[-1] |= {"same_cells": sum(cells), "other_cells": len(cells) - sum(cells)}
+    common.report("dabench", rows, args)
 
 
 if __name__ == "__main__":
