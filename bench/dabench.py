@@ -10,8 +10,8 @@ back in the last observation: a value that is lost or changed on the way is an a
 ``exact`` those right in both grammars by the benchmark's own rule: each value is the label's text, or a number within
 1e-6 of it. ``runs`` are executions in both grammars, and ``failed_runs`` those that fail, as each planned mistake does.
 
-With ``--rerun`` each trajectory is saved as a notebook, which is validated and run again in a new kernel: ``same_cells``
-print what the sandbox printed and end with the same error, ``other_cells`` do not.
+With ``--rerun`` each trajectory is saved as a notebook, which is validated and run again in a new kernel:
+``same_cells`` print what the sandbox printed and end with the same error, ``other_cells`` do not.
 """
 
 from __future__ import annotations
@@ -200,10 +200,11 @@ def rerun(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> list[bool
 def _is_same(outputs: Sequence[nbformat.NotebookNode], execution: Execution) -> bool:
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     errors = [f"{output.ename}: {output.evalue}" for output in outputs if output.output_type == "error"]
-    if execution.ok or not errors:
-        return execution.ok and printed == execution.output and len(outputs) <= 1
+    if not errors:
+        return execution.ok and printed == execution.output
     # Between the two stand the lines of code that led to the error.
-    return execution.output.startswith(printed) and execution.output.rstrip().endswith(errors[0])
+    whole = execution.output.rstrip()
+    return not execution.ok and whole.startswith(printed) and whole.endswith(errors[0])
 
 
 def rerun_all(trajectories: Sequence[Trajectory], tokenizer: Tokenizer) -> list[list[bool]]:
@@ -240,6 +241,8 @@ def main() -> None:
     own.add_argument("--data", type=Path, required=True, help="folder with questions.jsonl, labels.jsonl and tables/")
     own.add_argument("--rerun", action="store_true", help="also run every trajectory again as a notebook")
     args = own.parse_args()
+    if not (args.data / "questions.jsonl").is_file():
+        own.error(f"--data {args.data}: no questions.jsonl there; give the folder of the benchmark's files")
     programs = read_programs()
     found: dict[str, dict[int, Trajectory]] = {}
     cells: list[bool] = []

@@ -5,11 +5,12 @@ Real questions are asked where the environment variable GROUPWISE_DATA names a f
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from groupwise.bench.dabench import MODES, exact, reaches, read_programs, read_tasks, run, table_rows
+from groupwise.bench.dabench import MODES, exact, reaches, read_programs, read_tasks, rerun_all, run, table_rows
 
 DATA = Path(os.environ.get("GROUPWISE_DATA", "")) / "dabench"
 READ = "import pandas as pd\ndf = pd.read_csv('t.csv')"
@@ -55,6 +56,13 @@ def test_right_programs_reach_the_gold_answers_and_others_do_not(folder: Path) -
     table, total = table_rows(found)
     assert (table["datamind"], table["agentic"], table["exact"], table["failed_runs"]) == (2, 2, 2, 2)
     assert (total["questions"], total["runs"], total["share"]) == (4, 18, 0.5)
+
+
+def test_notebooks_run_again_and_a_difference_is_seen(folder: Path) -> None:
+    found, tokenizer = run(read_tasks(folder, "agentic"), {2: LARGEST, 3: LARGEST})
+    runs = found[3].executions
+    runs[:] = [replace(run, output=run.output.replace("e", "E")) for run in runs]  # its error is a "KEyError" now
+    assert rerun_all(list(found.values()), tokenizer) == [[True, True, True], [False, False, False]]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="GROUPWISE_DATA names no folder that holds dabench")
