@@ -50,13 +50,13 @@ def show(argv: Sequence[str], console: Console) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, at least one.
+    """The records of a file.
 
     Raises:
-        UserError: the file is missing or empty, or a line is no record.
+        UserError: the file is missing, or a line is no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a file with a trajectory's record a line") from error
     records = []
@@ -69,8 +69,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if missing:
             raise UserError(f"{path}, line {number} is no trajectory's record: it lacks {min(missing)!r}")
         records.append(record)
-    if not records:
-        raise UserError(f"{path} is empty; expected a trajectory's record a line")
     return records
 
 

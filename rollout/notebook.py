@@ -5,17 +5,17 @@
 The first cell makes a plain kernel behave as the sandbox did (`jupyter.imitate_sandbox`): seeds, files, exits,
 warnings, and nothing shown but what is printed. Code follows in cells of three kinds:
 
-    succeeded          the model's code as it is
-    failed             `%%forked` before the code: it runs in a copy of the kernel and leaves nothing, as in the sandbox
-    refused or ended   `%%stopped` and the reason before the code: it does not run, since it would hang or do harm
+    succeeded          as the model wrote it
+    failed             behind `%%forked`: it runs in a copy of the kernel and leaves nothing, as in the sandbox
+    refused or ended   behind `%%stopped` and the reason: it does not run, since it would hang or do harm
 
-The last two are tagged "raises-exception", so that a run goes on behind them. What is not repeated: the order of a
-set of strings (PYTHONHASHSEED=0 in the sandbox), the sandbox's limits and paths, and, where there is no `os.fork`, the
-output of failed cells.
+The last two are tagged "raises-exception", so that a run goes on behind them. Not repeated are the order of sets
+(PYTHONHASHSEED is 0 in the sandbox), paths and limits, what code printed before it was ended, files that a failed cell
+wrote and, without `os.fork`, what it prints.
 
 What was written and not run (a void turn, a turn that was cut, code of the last turn) is a raw cell. Metadata under the
-key "groupwise" say of a cell who wrote it, in which turn, what was mended, how its execution went, and what the model
-was shown of it; of the notebook the task, the status, the rewards and the advantage.
+key "groupwise" say of a cell who wrote it, in which turn, what the parser mended, how its execution went and what the
+model read of it; of the notebook the task, how it ended, rewards and advantage.
 """
 
 from __future__ import annotations

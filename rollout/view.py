@@ -21,9 +21,8 @@ STYLES: dict[Writer, str] = {"prompt": "dim", "model": "green", "forced": "yello
 
 
 # A terminal obeys control characters, such as those by which programs draw progress bars; they are shown instead.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
-    code: "\ufffd" for code in range(0x7F, 0xA0)
-}
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 class Painter:

@@ -1,6 +1,7 @@
 """A trajectory as a notebook: valid, complete, and the same outputs when a plain kernel runs it."""
 
-import json
+import copy
+import os
 from pathlib import Path
 
 import nbformat
@@ -8,12 +9,13 @@ import pytest
 from nbclient import NotebookClient
 
 from groupwise.engine.tokenizer import Tokenizer
-from groupwise.rollout.grammar import GRAMMARS, all_tags
+from groupwise.rollout.grammar import GRAMMARS, Step, all_tags
 from groupwise.rollout.notebook import save_notebook, to_notebook
-from groupwise.rollout.sandbox import Execution, Limits, Sandbox
+from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
-from groupwise.rollout.trajectory import Trajectory, encode_spans
+from groupwise.rollout.trajectory import Status, Trajectory, Writer, encode_spans
 
+DATAMIND = GRAMMARS["datamind"]
 ODD = 'it\'s a "täble" {1}.csv'
 # Each chunk shows something in which Jupyter differs from the sandbox.
 CHUNKS = [
@@ -35,12 +37,11 @@ CHUNKS = [
     "raise ValueError('two\\nlines: of message')",  # fails
     "print(os.name)",  # fails: nobody imported it
     "import json\njson.loads('{')",  # fails, and the error's name has a module
-    "from matplotlib import pyplot as plt\nfig = plt.figure()\nplt.plot([1, 2])\nplt.show()\nprint(__name__, sys.argv)",
-    "while True: pass",  # ended
+    "import os\nos.abort()",  # killed
     "import subprocess",  # refused
-    "print('the end')",
+    "from matplotlib import pyplot as plt\nfig = plt.figure()\nplt.plot([1, 2])\nplt.show()\nprint(__name__, sys.argv)",
 ]
-FAILED = [2, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19]
+FAILED = [2, 8, 9, 11, 12, 13, 14, 15, 16, 17, 18]
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,30 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["some text"], 400, all_tags())
 
 
-def make(
-    turns: list[tuple[str, str]], executions: list[Execution], tokenizer: Tokenizer, files: tuple[str, ...] = (), **more
+def trajectory_of(
+    spans: list[tuple[Writer, str]],
+    executions: list[Execution],
+    tokenizer: Tokenizer,
+    *,
+    files: tuple[str, ...] = (),
+    status: Status = "void",
+    answer: str | None = None,
 ) -> Trajectory:
     task = Task("t1", "How *many*?", files, 'read_csv("t.csv"), 3 rows: "__a__" int', "3", "number", "counting")
-    grammar = GRAMMARS["datamind"]
-    spans = [("prompt", grammar.prompt(task, tokenizer)), *turns]
-    return Trajectory(task, 0, encode_spans(spans, tokenizer), executions=executions, **more)
+    spans = [("prompt", DATAMIND.prompt(task, tokenizer)), *spans]
+    made = Trajectory(task, 0, encode_spans(spans, tokenizer), status, answer, executions)
+    made.rewards, made.reward, made.advantage = {"answer": 1.0, "tags": 0.8}, 1.6, -0.5
+    return made
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+    """The notebook as a kernel in a folder runs it."""
+    again = copy.deepcopy(notebook)
+    for cell in again.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(again, timeout=60, resources={"metadata": {"path": str(folder)}}).execute()
+    return again
 
 
 def outputs(cell: nbformat.NotebookNode) -> list[tuple[str, ...]]:
@@ -83,17 +101,17 @@ def outputs(cell: nbformat.NotebookNode) -> list[tuple[str, ...]]:
 def executed(table: Path, tokenizer: Tokenizer) -> Trajectory:
     """A trajectory whose code really ran."""
     history: list[str] = []
-    executions, turns = [], []
-    with Sandbox(Limits(wall_s=1)) as sandbox:
+    executions: list[Execution] = []
+    spans: list[tuple[Writer, str]] = []
+    with Sandbox() as sandbox:
         for chunk in CHUNKS:
-            executions.append(sandbox.run(chunk, [str(table)], history))
-            if executions[-1].ok:
-                history.append(chunk)
-            turns.append(("model", GRAMMARS["datamind"].render_turn("code", "*think*", chunk)))
-            turns.append(("environment", GRAMMARS["datamind"].observation(executions[-1].output)))
-    turns.append(("model", GRAMMARS["datamind"].render_turn("answer", "done", "42")))
+            execution = sandbox.run(chunk, [str(table)], history)
+            history += [chunk] * execution.ok
+            executions.append(execution)
+            spans += DATAMIND.render([Step("code", "*think*", chunk, execution.output)])
+    spans += DATAMIND.render([Step("answer", "done", "42")])
     assert [number for number, execution in enumerate(executions) if not execution.ok] == FAILED
-    return make(turns, executions, tokenizer, (str(table),), status="answered", answer="42")
+    return trajectory_of(spans, executions, tokenizer, files=(str(table),), status="answered", answer="42")
 
 
 def test_a_plain_kernel_prints_what_the_sandbox_printed(
@@ -101,12 +119,90 @@ def test_a_plain_kernel_prints_what_the_sandbox_printed(
 ) -> None:
     save_notebook(tmp_path / "n.ipynb", executed, tokenizer)
     stored = nbformat.read(tmp_path / "n.ipynb", as_version=4)
-    again = nbformat.read(tmp_path / "n.ipynb", as_version=4)
-    for cell in again.cells:
-        cell.outputs = []
-    NotebookClient(again, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    pairs = [(a, b) for a, b in zip(stored.cells, again.cells, strict=True) if a.cell_type == "code"]
-    for was, now in pairs:
+    nbformat.validate(stored)
+    again = execute(stored, tmp_path)
+    codes = [(was, now) for was, now in zip(stored.cells, again.cells, strict=True) if was.cell_type == "code"]
+    for was, now in codes:
         assert outputs(now) == outputs(was), was.source
-    for execution, (was, _) in zip(executed.executions, pairs[1:], strict=True):
-        print(outputs(was))
+        assert now.execution_count == was.execution_count
+    # And what is stored is what the sandbox said.
+    for execution, (was, _) in zip(executed.executions, codes[1:], strict=True):
+        texts = [output.text if output.output_type == "stream" else "" for output in was.outputs]
+        assert execution.output.startswith("".join(texts))
+        last = was.outputs[-1] if was.outputs else None
+        assert (last is not None and last.output_type == "error") == (not execution.ok)
+        if last and not execution.ok and last.ename != "SystemExit":
+            assert "\n".join(last.traceback) + "\n" == execution.output.removeprefix("".join(texts))
+            assert last.traceback[-1].endswith(last.evalue.splitlines()[-1])
+    assert outputs(codes[3][0])[-1] == ("error", "KeyError", "'nothing'")
+    assert list(tmp_path.iterdir()) == [tmp_path / "n.ipynb"]
+
+
+def test_the_tables_beside_the_notebook_come_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chunk = f"print(open({ODD!r}).read(), end='')\nopen('new.txt', 'w').close()"
+    spans = DATAMIND.render([Step("code", "", chunk, "a,b")])
+    gone = str(tmp_path / "gone" / ODD)
+    made = trajectory_of(spans, [Execution(True, "a,b", "ok", 0.1)], tokenizer, files=(gone,))
+    folder = tmp_path / "sent to a friend"
+    folder.mkdir()
+    (folder / ODD).write_text("a,b")
+    again = execute(to_notebook(made, tokenizer), folder)
+    assert outputs([cell for cell in again.cells if cell.cell_type == "code"][1]) == [("stdout", "a,b")]
+    assert os.listdir(folder) == [ODD]
+
+
+def test_cells_say_what_was_written_by_whom(tokenizer: Tokenizer) -> None:
+    fenced = "<think>why</think>aside\n<code>```python\nprint(1)\n```"
+    spans: list[tuple[Writer, str]] = [
+        ("model", fenced),
+        ("forced", "</code>"),
+        ("environment", "\n<interpreter>1</interpreter>\n"),
+        ("model", "<think></think><answer>**7**</answer>"),
+    ]
+    made = trajectory_of(spans, [Execution(True, "1\n", "ok", 0.25)], tokenizer, status="answered", answer="**7**")
+    notebook = to_notebook(made, tokenizer)
+    assert notebook == to_notebook(made, tokenizer)
+    _, question, description, thought, code, answer = notebook.cells
+    assert [cell.cell_type for cell in (question, description, thought, answer)] == ["markdown"] * 4
+    assert question.source == made.task.question
+    assert description.source.strip() == made.task.description
+    assert thought.source == "why"
+    assert code.source == "print(1)"
+    assert answer.source.endswith("\n\n**7**")
+    about = code.metadata.groupwise
+    repairs = DATAMIND.parse_turn(fenced).repairs
+    assert {"code_fence", "missing_closing_tag", "text_outside_tags"} == set(repairs)
+    assert about == {
+        "writer": "model",
+        "turn": 0,
+        "repairs": repairs,
+        "text": fenced,
+        "forced": "</code>",
+        "environment": "\n<interpreter>1</interpreter>\n",
+        "verdict": "ok",
+        "wall_s": 0.25,
+    }
+    assert notebook.metadata.groupwise == {
+        "task": made.task.to_dict(),
+        "sample": 0,
+        "status": "answered",
+        "answer": "**7**",
+        "rewards": {"answer": 1.0, "tags": 0.8},
+        "reward": 1.6,
+        "advantage": -0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "kept"),
+    [
+        ("no tags", "void", "no tags"),
+        ("<think>t</think>\n<code>print(1)</code>", "turn_limit", "print(1)"),
+        ("<think>t</think>\n<answer>4", "token_limit", "<think>t</think>\n<answer>4"),
+    ],
+)
+def test_what_was_not_run_is_raw(text: str, status: Status, kept: str, tokenizer: Tokenizer) -> None:
+    notebook = to_notebook(trajectory_of([("model", text)], [], tokenizer, status=status), tokenizer)
+    assert [cell.source for cell in notebook.cells if cell.cell_type == "raw"] == [kept]
+    assert notebook.cells[-1].source == f"*No answer: {status}*"
+    assert sum(cell.cell_type == "code" for cell in notebook.cells) == 1
