@@ -79,8 +79,8 @@ class ScriptedSampler:
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int:
         """Starts the prompt's script."""
         self._count += 1
-        script = self._under_way[self._count] = self._scripts[self._tokenizer.decode(prompt_ids)]
-        self._write(self._count, next(script), params)
+        self._under_way[self._count] = self._scripts[self._tokenizer.decode(prompt_ids)]
+        self._write(self._count, next(self._under_way[self._count]), params)
         return self._count
 
     def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -174,7 +174,8 @@ def reaches(trajectory: Trajectory) -> bool:
 def exact(trajectory: Trajectory) -> bool:
     """Whether the benchmark's own rule accepts the answer."""
     said = dict(LABEL.findall(trajectory.answer or ""))
-    return all(_is_label(said.get(name, ""), value) for name, value in LABEL.findall(trajectory.task.answer))
+    gold = LABEL.findall(trajectory.task.answer)
+    return all(name in said and _is_label(said[name], value) for name, value in gold)
 
 
 def _is_label(said: str, label: str) -> bool:
@@ -194,7 +195,8 @@ def rerun(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> list[bool
         cell.outputs = []
     folder = {"metadata": {"path": str(file.parent)}}
     NotebookClient(notebook, timeout=120, resources=folder, extra_arguments=["--log-level=ERROR"]).execute()
-    return [_is_same(cell.outputs, run) for cell, run in zip(cells, trajectory.executions, strict=True)]
+    executions = trajectory.executions
+    return [_is_same(cell.outputs, execution) for cell, execution in zip(cells, executions, strict=True)]
 
 
 def _is_same(outputs: Sequence[nbformat.NotebookNode], execution: Execution) -> bool:
@@ -232,7 +234,7 @@ def _counts(found: Mapping[str, Mapping[int, Trajectory]], numbers: Sequence[int
         **{mode: sum(reaches(one) for one in asked[mode]) for mode in MODES},
         "exact": sum(all(exact(found[mode][number]) for mode in MODES) for number in numbers),
         "runs": sum(len(one.executions) for one in every),
-        "failed_runs": sum(not run.ok for one in every for run in one.executions),
+        "failed_runs": sum(not execution.ok for one in every for execution in one.executions),
     }
 
 

@@ -48,10 +48,12 @@ def test_right_programs_reach_the_gold_answers_and_others_do_not(folder: Path) -
         assert {number: one.status for number, one in trajectories.items()} == dict.fromkeys(programs, "answered")
         assert {number: reaches(one) for number, one in trajectories.items()} == {1: True, 2: True, 3: False, 4: False}
         assert [exact(one) for one in trajectories.values()] == [True, True, False, False]
+        nothing = replace(trajectories[4].task, answer="@largest[]")
+        assert not exact(replace(trajectories[4], task=nothing))
         assert [one.answer for one in trajectories.values()] == [
             "@mean_a[2.33] @mean_b[6.50]", "@largest[Zoe]", "@largest[Ann]", ""
         ]  # fmt: skip
-        assert [run.ok for run in trajectories[2].executions] == [True, False, True]
+        assert [execution.ok for execution in trajectories[2].executions] == [True, False, True]
         assert "KeyError" in trajectories[2].executions[1].output
     table, total = table_rows(found)
     assert (table["datamind"], table["agentic"], table["exact"], table["failed_runs"]) == (2, 2, 2, 2)
@@ -60,8 +62,8 @@ def test_right_programs_reach_the_gold_answers_and_others_do_not(folder: Path) -
 
 def test_notebooks_run_again_and_a_difference_is_seen(folder: Path) -> None:
     found, tokenizer = run(read_tasks(folder, "agentic"), {2: LARGEST, 3: LARGEST})
-    runs = found[3].executions
-    runs[:] = [replace(run, output=run.output.replace("e", "E")) for run in runs]  # its error is a "KEyError" now
+    changed = found[3].executions
+    changed[:] = [replace(one, output=one.output.replace("e", "E")) for one in changed]  # its error is a "KEyError" now
     assert rerun_all(list(found.values()), tokenizer) == [[True, True, True], [False, False, False]]
 
 
