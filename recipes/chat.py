@@ -13,7 +13,6 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,7 +33,7 @@ from ..rollout.sampler import Sampler
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import MODES, Task
 from ..rollout.trajectory import Trajectory, Writer
-from ..rollout.view import Painter
+from ..rollout.view import Painter, visible
 from .command import Arguments, run_command
 
 BLOCK_SIZE = 16
@@ -112,12 +111,14 @@ def chat(argv: Sequence[str], console: Console) -> Trajectory:
     max_tokens = min(AgentLimits.max_trajectory_tokens, model.config.max_position_embeddings)
     transcript, grammar = Transcript(console, task.mode), GRAMMARS[task.mode]
     sampler = Streaming(model, tokenizer, transcript=transcript, result=grammar.result, max_tokens=max_tokens)
+    # A long observation must leave a small model room to answer.
+    max_observation_tokens = min(AgentLimits.max_observation_tokens, max_tokens // 4)
+    limits = AgentLimits(max_trajectory_tokens=max_tokens, max_observation_tokens=max_observation_tokens)
     transcript.show("prompt", f"{task.description}\n")
     with Sandbox(workers=1) as sandbox:
         [group] = run_agent(
-            sampler, sandbox, [task], tokenizer=tokenizer, num_generations=1, params=params,
-            limits=AgentLimits(max_trajectory_tokens=max_tokens), seed=0,
-        )  # fmt: skip
+            sampler, sandbox, [task], tokenizer=tokenizer, num_generations=1, params=params, limits=limits, seed=0
+        )
     [trajectory] = group.trajectories
     if not trajectory.turns:
         raise UserError(
@@ -135,7 +136,7 @@ def chat(argv: Sequence[str], console: Console) -> Trajectory:
 
 def _conclude(console: Console, trajectory: Trajectory) -> None:
     answer = trajectory.answer
-    end = Text(f"no answer: {trajectory.status}", "bold red") if answer is None else Text(answer, "bold")
+    end = Text(f"no answer: {trajectory.status}", "bold red") if answer is None else Text(visible(answer), "bold")
     console.print(Text("\n\n"), end, sep="", soft_wrap=True)
 
 
@@ -173,7 +174,7 @@ def _notebook_path(options: argparse.Namespace) -> Path:
             raise UserError(f"the folder {named.parent} of --notebook does not exist; make it or name another one")
         return named
     words = re.sub(r"\W+", "-", options.question.lower())[:40].strip("-") or "answer"
-    names: Any = itertools.chain([words], (f"{words}-{number}" for number in itertools.count(2)))
+    names = itertools.chain([words], (f"{words}-{number}" for number in itertools.count(2)))
     return next(path for name in names if not (path := Path(f"{name}.ipynb")).exists())
 
 

@@ -1,21 +1,17 @@
-"""What the first cell of a notebook does: a function whose source is copied there, where this package is not needed."""
+"""What the first cell of a notebook does: functions whose source is copied there, where this package is not needed."""
 
 
 def imitate_sandbox(files: list[str]) -> None:
-    """Makes a Jupyter kernel run cells as the sandbox ran them, and adds the cell magics `%%forked` and `%%stopped`.
+    """Makes a Jupyter kernel run cells as the sandbox ran them.
 
     Works in a temporary folder, with a copy of each file: that which lies beside the notebook, else that at its path.
     """
     import ast
-    import io
-    import json
-    import linecache
     import os
     import random
     import shutil
     import sys
     import tempfile
-    import traceback
     import warnings
     from typing import Any
 
@@ -40,14 +36,47 @@ def imitate_sandbox(files: list[str]) -> None:
         nonlocal succeeded
         succeeded += result.success
 
-    def name_cell(*_: object) -> str:
-        return f"<cell {succeeded + 1}>"
+    shell: Any = get_ipython()
+    shell.ast_node_interactivity = "none"  # what is not printed is not shown
+    shell.ast_transformers.append(Exits())
+    shell.events.register("post_run_cell", count)
+    shell.compile.get_code_name = lambda *_: f"<cell {succeeded + 1}>"
+    shell.user_ns["exit"] = shell.user_ns["quit"] = sys.exit  # IPython's end the kernel
+    sys.argv, sys.stderr = [""], sys.stdout
+    os.environ.update(MPLBACKEND="Agg", COLUMNS="80", LINES="24")
+    warnings.simplefilter("ignore")
+    pandas.set_option("display.max_columns", 0)  # as many as fit the width
+    pandas.set_option("mode.string_storage", "python")
+    shell.working_folder = tempfile.TemporaryDirectory()  # removed with the kernel
+    for path in files:
+        beside = os.path.basename(path)
+        shutil.copy(beside if os.path.exists(beside) else path, shell.working_folder.name)
+    os.chdir(shell.working_folder.name)
+    random.seed(0)
+    numpy.random.seed(0)
+
+
+def add_failures() -> None:
+    """Adds the cell magics `%%forked` and `%%stopped` to a Jupyter kernel, for cells that failed in the sandbox."""
+    import io
+    import json
+    import linecache
+    import os
+    import random
+    import sys
+    import traceback
+    import warnings
+    from typing import Any
+
+    from IPython import get_ipython
+
+    shell: Any = get_ipython()
 
     def fail(name: str, message: str, lines: list[str]) -> None:
         raise type(name, (Exception,), {"_render_traceback_": lambda self: lines})(message)
 
     def run(code: str) -> tuple[str, str, list[str]]:
-        name = name_cell()
+        name = shell.compile.get_code_name()
         linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
         try:
             exec(compile(code, name, "exec", dont_inherit=True), shell.user_ns)
@@ -65,7 +94,9 @@ def imitate_sandbox(files: list[str]) -> None:
         """Runs a cell in a forked copy of this kernel: of a cell that failed in the sandbox nothing stayed either."""
         state = random.getstate()
         receive, send = os.pipe()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this kernel has threads
+            pid = os.fork()
         if pid == 0:
             try:
                 random.setstate(state)  # the module seeds itself anew in a fork
@@ -88,23 +119,41 @@ def imitate_sandbox(files: list[str]) -> None:
         name, _, message = line.partition(": ")
         fail(name, message, [line])
 
-    shell: Any = get_ipython()
-    shell.ast_node_interactivity = "none"  # what is not printed is not shown
-    shell.ast_transformers.append(Exits())
-    shell.events.register("post_run_cell", count)
-    shell.compile.get_code_name = name_cell
     for magic in (forked, stopped):
         shell.register_magic_function(magic, "cell")
-    shell.user_ns["exit"] = shell.user_ns["quit"] = sys.exit  # IPython's end the kernel
-    sys.argv, sys.stderr = [""], sys.stdout
-    os.environ.update(MPLBACKEND="Agg", COLUMNS="80", LINES="24")
-    warnings.simplefilter("ignore")
-    pandas.set_option("display.max_columns", 0)  # as many as fit the width
-    pandas.set_option("mode.string_storage", "python")
-    shell.working_folder = tempfile.TemporaryDirectory()  # removed with the kernel
-    for path in files:
-        beside = os.path.basename(path)
-        shutil.copy(beside if os.path.exists(beside) else path, shell.working_folder.name)
-    os.chdir(shell.working_folder.name)
-    random.seed(0)
-    numpy.random.seed(0)
+
+
+def add_sql(files: list[str]) -> None:
+    """Adds the cell magic `%%sql` to a Jupyter kernel: it runs a query over the files, and pandas prints the result.
+
+    As in the sandbox, SQLite reads databases (the first is `main`; of several, each has its stem as its name), and
+    where there is none, DuckDB reads .csv files as tables named by their stems.
+    """
+    import os
+    import sqlite3
+    from typing import Any
+
+    import pandas
+    from IPython import get_ipython
+
+    names = {os.path.basename(path): os.path.splitext(os.path.basename(path))[0] for path in files}
+    databases = [name for name in names if name.lower().endswith((".sqlite", ".sqlite3", ".db", ".db3"))]
+    connection: Any
+    if databases:
+        connection = sqlite3.connect(databases[0])
+        for name in databases if len(databases) > 1 else ():
+            connection.execute("ATTACH ? AS ?", (name, names[name]))
+    else:
+        import duckdb
+
+        connection = duckdb.connect()
+        for name, stem in names.items():
+            connection.from_csv_auto(name, header=True).create(stem)
+
+    def sql(line: str, cell: str) -> None:
+        cursor = connection.execute(cell)
+        columns = [column[0] for column in cursor.description]
+        print(pandas.DataFrame(cursor.fetchall(), columns=columns).to_string(index=False, max_rows=10))
+
+    shell: Any = get_ipython()
+    shell.register_magic_function(sql, "cell")

@@ -2,8 +2,8 @@
 
     save_notebook("answer.ipynb", trajectory, tokenizer)
 
-The first cell makes a plain kernel behave as the sandbox did (`jupyter.imitate_sandbox`): seeds, files, exits,
-warnings, and nothing shown but what is printed. Code follows in cells of three kinds:
+The first cell makes a plain kernel behave as the sandbox did (`jupyter.py`): seeds, files, exits, warnings, and nothing
+shown but what is printed. Code follows in cells of three kinds:
 
     succeeded          as the model wrote it
     failed             behind `%%forked`: it runs in a copy of the kernel and leaves nothing, as in the sandbox
@@ -12,6 +12,9 @@ warnings, and nothing shown but what is printed. Code follows in cells of three 
 The last two are tagged "raises-exception", so that a run goes on behind them. Not repeated are the order of sets
 (PYTHONHASHSEED is 0 in the sandbox), paths and limits, what code printed before it was ended, files that a failed cell
 wrote and, without `os.fork`, what it prints.
+
+A query is behind `%%sql`, which the first cell defines; its result is stored as the sandbox printed it, and is printed
+by pandas when it runs again.
 
 What was written and not run (a void turn, a turn that was cut, code of the last turn) is a raw cell. Metadata under the
 key "groupwise" say of a cell who wrote it, in which turn, what the parser mended, how its execution went and what the
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ from nbformat import NotebookNode, v4
 
 from ..engine.errors import UserError
 from .grammar import GRAMMARS
-from .jupyter import imitate_sandbox
+from .jupyter import add_failures, add_sql, imitate_sandbox
 from .trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -55,9 +58,8 @@ def save_notebook(path: str | Path, trajectory: Trajectory, tokenizer: Tokenizer
 def record_to_notebook(record: Mapping[str, Any]) -> NotebookNode:
     """The notebook of what `Trajectory.to_record` gives."""
     task = record["task"]
-    setup = f"{inspect.getsource(imitate_sandbox)}\n\nimitate_sandbox({task['files']!r})\ndel imitate_sandbox"
     cells = [
-        _cell("code", setup, {"writer": "environment"}, jupyter={"source_hidden": True}),
+        _cell("code", _setup(task), {"writer": "environment"}, jupyter={"source_hidden": True}),
         _cell("markdown", task["question"], {"writer": "prompt"}),
     ]
     if task["description"]:
@@ -86,10 +88,26 @@ def write_notebook(path: str | Path, notebook: NotebookNode) -> None:
     Raises:
         UserError: it cannot be written there.
     """
+    # Half of a surrogate pair, which no encoding has, becomes an escape of JSON.
+    data = nbformat.writes(notebook).encode("utf-8", "backslashreplace")
     try:
-        nbformat.write(notebook, path)
+        Path(path).write_bytes(data + b"\n")
     except OSError as error:
         raise UserError(f"the notebook {path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def _setup(task: Mapping[str, Any]) -> str:
+    """Source of the first cell: functions and their calls; none of their names stays."""
+    files = f"({task['files']!r})"
+    calls: dict[Callable[..., None], str] = {imitate_sandbox: files, add_failures: "()"}
+    if _is_sql(task):
+        calls[add_sql] = files
+    lines = [f"{function.__name__}{arguments}\ndel {function.__name__}" for function, arguments in calls.items()]
+    return "\n\n".join([*map(inspect.getsource, calls), "\n".join(lines)])
+
+
+def _is_sql(task: Mapping[str, Any]) -> bool:
+    return task.get("language", "python") == "sql"
 
 
 def _turn_cells(record: Mapping[str, Any]) -> list[NotebookNode]:
@@ -114,21 +132,21 @@ def _turn_cells(record: Mapping[str, Any]) -> list[NotebookNode]:
             cells.append(_cell("markdown", f"**Answer**\n\n{turn.content}", about))
         elif execution := next(executions, None):
             about |= {span["writer"]: span["text"] for span in others}
-            cells.append(_code_cell(turn.content, execution, about))
+            cells.append(_code_cell(turn.content, execution, about, is_sql=_is_sql(record["task"])))
         else:
             cells.append(_cell("raw", turn.content, about))
     return cells
 
 
-def _code_cell(code: str, execution: Mapping[str, Any], about: dict[str, Any]) -> NotebookNode:
+def _code_cell(code: str, execution: Mapping[str, Any], about: dict[str, Any], *, is_sql: bool) -> NotebookNode:
     """A chunk with what it printed and, if it failed, its error."""
-    about = {**about, "verdict": execution["verdict"], "wall_s": execution["wall_s"]}
-    if execution["ok"]:
-        cell, printed = _cell("code", code, about), execution["output"]
-    else:
-        printed, report = _split(execution["output"], execution["verdict"])
-        magic = "%%forked" if execution["verdict"] == "error" else f"%%stopped {report}"
-        cell = _cell("code", f"{magic}\n{code}", about, tags=["raises-exception"])
+    verdict, printed, report = execution["verdict"], execution["output"], ""
+    magic = "%%sql\n" if is_sql else ""
+    if not execution["ok"]:
+        # A query prints nothing before it fails, and leaves nothing in any case.
+        printed, report = ("", printed.rstrip()) if is_sql else _split(printed, verdict)
+        magic = (magic or "%%forked\n") if verdict == "error" else f"%%stopped {report}\n"
+    cell = _cell("code", f"{magic}{code}", {**about, "verdict": verdict, "wall_s": execution["wall_s"]})
     if printed:
         cell.outputs.append(v4.new_output("stream", name="stdout", text=printed))
     if not execution["ok"]:
@@ -136,6 +154,7 @@ def _code_cell(code: str, execution: Mapping[str, Any], about: dict[str, Any]) -
         name, _, message = report[frames.end() if frames else 0 :].partition(": ")
         name = name.rpartition(".")[2]  # Jupyter names a class without its module
         cell.outputs.append(v4.new_output("error", ename=name, evalue=message, traceback=report.splitlines()))
+        cell.metadata["tags"] = ["raises-exception"]
     return cell
 
 

@@ -20,9 +20,14 @@ from .trajectory import Writer
 STYLES: dict[Writer, str] = {"prompt": "dim", "model": "green", "forced": "yellow", "environment": "cyan"}
 
 
-# A terminal obeys control characters, such as those by which programs draw progress bars; they are shown instead.
+# A terminal obeys control characters, which models and tables may write too; they are shown instead.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Text from a model or a table as a terminal may get it: control characters are replaced by their pictures."""
+    return text.translate(CONTROLS)
 
 
 class Painter:
@@ -43,16 +48,12 @@ class Painter:
 
     def paint(self, writer: Writer, text: str, *, more: bool = False) -> Text:
         """The next piece of text; with ``more`` of this writer to come, what may begin a tag at its end waits."""
-        text = text.translate(CONTROLS)
+        text = visible(text)
         if writer not in ("model", "forced"):
             return Text(text, STYLES[writer])
         text, self._held = self._held + text, ""
         cut = text.rfind("<")
-        if (
-            more
-            and cut >= 0
-            and any(tag.startswith(text[cut:].lower()) for tag in self._tags if len(tag) > len(text) - cut)
-        ):
+        if more and cut >= 0 and self._begins_tag(text[cut:].lower()):
             text, self._held = text[:cut], text[cut:]
         painted = Text()
         for piece in self._tag.split(text):
@@ -60,6 +61,9 @@ class Painter:
                 self._part = self._parts.get(piece.lower(), "")
             painted.append(piece, ("dim " if is_tag else self._part) + STYLES[writer])
         return painted
+
+    def _begins_tag(self, text: str) -> bool:
+        return any(tag != text and tag.startswith(text) for tag in self._tags)
 
 
 def trajectory_panel(record: Mapping[str, Any]) -> Panel:
@@ -74,4 +78,4 @@ def trajectory_panel(record: Mapping[str, Any]) -> Panel:
     if record["rewards"]:
         parts = ", ".join(f"{name} {value:.3g}" for name, value in record["rewards"].items())
         lines.append(Text(f"reward {record['reward']:.3g} ({parts}), advantage {record['advantage']:+.3g}"))
-    return Panel(Stack(*lines), title=Text(f"{task['task_type']}: {task['question']}"), title_align="left")
+    return Panel(Stack(*lines), title=Text(visible(f"{task['task_type']}: {task['question']}")), title_align="left")

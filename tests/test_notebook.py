@@ -2,6 +2,8 @@
 
 import copy
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import nbformat
@@ -10,7 +12,7 @@ from nbclient import NotebookClient
 
 from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rollout.grammar import GRAMMARS, Step, all_tags
-from groupwise.rollout.notebook import save_notebook, to_notebook
+from groupwise.rollout.notebook import record_to_notebook, save_notebook, to_notebook
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Status, Trajectory, Writer, encode_spans
@@ -19,13 +21,13 @@ DATAMIND = GRAMMARS["datamind"]
 ODD = 'it\'s a "täble" {1}.csv'
 # Each chunk shows something in which Jupyter differs from the sandbox.
 CHUNKS = [
-    f"import pandas as pd\ndf = pd.read_csv({ODD!r})\ndf.head()\nprint(df)\ndf.info()",
+    f"import pandas as pd\ndf = pd.read_csv({ODD!r})\ndf.head()\nprint(df)\ndf.info(memory_usage='deep')",
     "import random, numpy as np\nprint(random.random(), np.random.rand())\ndf",
     "df = df[df.c0 > 3]\nprint(random.random(), np.random.rand(), end='')\nprint(len(df['nothing']))",  # fails
     "print(len(df), random.random(), np.random.rand())",  # of what the failed chunk did, nothing is seen
     "import warnings\nwarnings.warn('never shown')\nwarnings.simplefilter('always')\nwarnings.warn('shown')",
     "import sys, logging\nprint('one')\nprint('two', file=sys.stderr)\nlogging.warning('three')\nprint('four')",
-    "x = 5\nprint('left')\nsys.exit()\nx = 6",
+    "x = 5\ndf.to_csv('new.csv')\nprint('left')\nsys.exit()\nx = 6",
     "exit(0)",
     "raise SystemExit('with a message')",  # fails
     "print(1)\nexit(3)",  # fails
@@ -69,7 +71,7 @@ def trajectory_of(
 ) -> Trajectory:
     task = Task("t1", "How *many*?", files, 'read_csv("t.csv"), 3 rows: "__a__" int', "3", "number", "counting")
     spans = [("prompt", DATAMIND.prompt(task, tokenizer)), *spans]
-    made = Trajectory(task, 0, encode_spans(spans, tokenizer), status, answer, executions)
+    made = Trajectory(task, 0, encode_spans(spans, tokenizer), status, answer=answer, executions=executions)
     made.rewards, made.reward, made.advantage = {"answer": 1.0, "tags": 0.8}, 1.6, -0.5
     return made
 
@@ -138,19 +140,6 @@ def test_a_plain_kernel_prints_what_the_sandbox_printed(
     assert list(tmp_path.iterdir()) == [tmp_path / "n.ipynb"]
 
 
-def test_the_tables_beside_the_notebook_come_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    chunk = f"print(open({ODD!r}).read(), end='')\nopen('new.txt', 'w').close()"
-    spans = DATAMIND.render([Step("code", "", chunk, "a,b")])
-    gone = str(tmp_path / "gone" / ODD)
-    made = trajectory_of(spans, [Execution(True, "a,b", "ok", 0.1)], tokenizer, files=(gone,))
-    folder = tmp_path / "sent to a friend"
-    folder.mkdir()
-    (folder / ODD).write_text("a,b")
-    again = execute(to_notebook(made, tokenizer), folder)
-    assert outputs([cell for cell in again.cells if cell.cell_type == "code"][1]) == [("stdout", "a,b")]
-    assert os.listdir(folder) == [ODD]
-
-
 def test_cells_say_what_was_written_by_whom(tokenizer: Tokenizer) -> None:
     fenced = "<think>why</think>aside\n<code>```python\nprint(1)\n```"
     spans: list[tuple[Writer, str]] = [
@@ -206,3 +195,40 @@ def test_what_was_not_run_is_raw(text: str, status: Status, kept: str, tokenizer
     assert [cell.source for cell in notebook.cells if cell.cell_type == "raw"] == [kept]
     assert notebook.cells[-1].source == f"*No answer: {status}*"
     assert sum(cell.cell_type == "code" for cell in notebook.cells) == 1
+
+
+def test_queries_run_by_a_magic_and_files_beside_the_notebook_serve(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    files = tuple(str(tmp_path / "gone" / name) for name in ("one.sqlite", "my two.db"))
+    for number, file in enumerate(files):
+        with closing(sqlite3.connect(tmp_path / Path(file).name)) as connection:
+            connection.executescript(f"CREATE TABLE t (a); INSERT INTO t VALUES ({number + 4});")
+    queries = ['SELECT x.a, y.a AS b FROM one.t x, "my two".t y', "SELECT c FROM t", "SELECT a FROM t"]
+    executions = [
+        Execution(True, "a  b\n4  5\n", "ok", 0.1),
+        Execution(False, "OperationalError: no such column: c\n", "error", 0.1),
+        Execution(False, "TimeoutError: stopped after 60 s\n", "timeout", 60.0),
+    ]
+    spans = DATAMIND.render([Step("code", "", query, "") for query in queries])
+    record = trajectory_of(spans, executions, tokenizer, files=files).to_record(tokenizer)
+    record["task"]["language"] = "sql"
+    again = execute(record_to_notebook(record), tmp_path)
+    codes = [cell for cell in again.cells if cell.cell_type == "code"][1:]
+    assert [(cell.source.split("\n")[0], outputs(cell)) for cell in codes] == [
+        ("%%sql", [("stdout", " a  b\n 4  5\n")]),
+        ("%%sql", [("error", "OperationalError", "no such column: c")]),
+        ("%%stopped TimeoutError: stopped after 60 s", [("error", "TimeoutError", "stopped after 60 s")]),
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["my two.db", "one.sqlite"]
+
+
+def test_queries_read_tables(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("duckdb")
+    file = tmp_path / "my table.csv"
+    file.write_text("name,size\nx,1\ny,4\n")
+    query = 'SELECT sum(size) AS total FROM "my table"'
+    spans = DATAMIND.render([Step("code", "", query, "5")])
+    made = trajectory_of(spans, [Execution(True, "total\n    5\n", "ok", 0.1)], tokenizer, files=(str(file),))
+    record = made.to_record(tokenizer)
+    record["task"]["language"] = "sql"
+    again = execute(record_to_notebook(record), tmp_path)
+    assert outputs([cell for cell in again.cells if cell.cell_type == "code"][1]) == [("stdout", " total\n     5\n")]

@@ -31,7 +31,8 @@ def records() -> list[dict[str, object]]:
     for answer in ("7", "8", "9"):
         steps = [Step("code", "why [x]", "print(8)  # \u2028.", "8"), Step("answer", "so", answer)]
         spans = encode_spans(GRAMMARS["datamind"].spans(TASK, steps, tokenizer), tokenizer)
-        made = Trajectory(TASK, 0, spans, "answered", answer, [Execution(True, "8\n", "ok", 0.1)])
+        executions = [Execution(True, "8\n", "ok", 0.1)]
+        made = Trajectory(TASK, 0, spans, "answered", answer=answer, executions=executions)
         made.rewards, made.reward, made.advantage = {"answer": 0.0, "tags": 0.75}, 0.675, -0.5
         found.append(made.to_record(tokenizer))
     return found
