@@ -22,7 +22,7 @@ DATE_FORMATS = (
     "%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y",
 )  # fmt: skip
 
-NAMED = re.compile(r"@(\w+)\s*\[([^\[\]]*)\]")
+NAMED = re.compile(r"@(\w+)\s*\[((?:[^\[\]]|\[[^\[\]]*\])*)\]")  # the value may be a list in brackets of its own
 CURRENCY = r"[$€£¥₹]|(?:USD|EUR|GBP|JPY|CHF|INR)\b"
 DIGITS = r"(?:\d{1,3}(?:[,'_ ]\d{3})+(?!\d)|\d{1,3}(?:\.\d{3})+(?=,\d)|\d+)"
 NUMBER = re.compile(
@@ -60,15 +60,20 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
 
 
 def named_values(text: str) -> dict[str, str | None]:
-    """The pairs of DABench's ``@name[value]`` by lower-case name; a name that is given twice has None."""
+    """The pairs of DABench's ``@name[value]`` by lower-case name; a list has no brackets, a name given twice None."""
     pairs: dict[str, str | None] = {}
     for name, value in NAMED.findall(text):
-        pairs[name.lower()] = None if name.lower() in pairs else value.strip()
+        pairs[name.lower()] = None if name.lower() in pairs else value.strip().strip("[]").strip()
     return pairs
 
 
 def same_value(prediction: str, gold: str, *, tolerance: float) -> bool:
-    """Whether two texts say the same: by number where the right one is a number, else exactly after normalisation."""
+    """Whether two texts say the same: by number where the right one is a number, else exactly after normalisation.
+
+    Lists are compared item by item, numbers in them by value and without tolerance: they may be identifiers.
+    """
+    if _same_list(prediction, gold):
+        return True
     numeric = parse_number(prediction) is not None, parse_number(gold) is not None
     if any(numeric):
         return all(numeric) and same_number(prediction, gold, tolerance=tolerance)
@@ -81,6 +86,15 @@ def same_value(prediction: str, gold: str, *, tolerance: float) -> bool:
         return leads and (word[0] in YES) == (right in YES)
     day = parse_date(gold)
     return day is not None and day == parse_date(prediction)
+
+
+def _same_list(prediction: str, gold: str) -> bool:
+    said, right = prediction.split(","), gold.split(",")
+    return (
+        len(said) == len(right) > 1
+        and parse_number(gold) is None
+        and all(same_value(one, other, tolerance=0.0) for one, other in zip(said, right, strict=True))
+    )
 
 
 def same_number(prediction: str, gold: str, *, tolerance: float) -> bool:

@@ -136,6 +136,23 @@ def test_named_values(said: str, right: bool) -> None:
     assert named_values("@A[1] @a[2] @b[x]") == {"a": None, "b": "x"}
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("@counts[314,577] @values[9.03, 9.00] @rows[]", True),  # 314,577 alone would be one number
+        ("@counts[[314, 577]] @values[[9.03, 9]] @rows[[]]", True),
+        ("@counts[314, 578] @values[9.03, 9.0] @rows[]", False),  # no tolerance: they may be identifiers
+        ("@counts[577, 314] @values[9.03, 9.0] @rows[]", False),
+        ("@counts[314, 577, 0] @values[9.03, 9.0] @rows[]", False),
+        ("@counts[314 577] @values[9.03, 9.0] @rows[]", False),
+        ("@counts[314, 577] @values[9.03, 9.0] @rows[0]", False),
+        ("@counts[314, 577] @values[9.03, 9.0]", False),
+    ],
+)
+def test_named_lists(said: str, right: bool) -> None:
+    assert answer_correct(said, task("@counts[314, 577], @values[9.03,9.0], @rows[]", "named")) is right
+
+
 @pytest.mark.parametrize("said", [None, "", "  \n"])
 @pytest.mark.parametrize("kind", ["number", "text"])
 def test_no_answer_is_wrong(said: str | None, kind: str) -> None:
