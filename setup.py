@@ -43,7 +43,15 @@ setup(
     extras_require={
         "cuda": ["flash-attn", "xformers"],
         "data": ["openpyxl>=3.1", "scikit-learn>=1.4", "statsmodels>=0.14"],
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=4.46", "trl>=1.16,<1.17", "liger-kernel>=0.8.5,<0.9"],
+        "sql": ["duckdb>=1.1"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "transformers>=4.46",
+            "trl>=1.16,<1.17",
+            "liger-kernel>=0.8.5,<0.9",
+            "duckdb>=1.1",
+        ],
         "dev": ["ruff", "mypy", "pandas-stubs"],
     },
 )
