@@ -44,6 +44,7 @@ setup(
     extras_require={
         "cuda": ["flash-attn", "xformers"],
         "data": ["openpyxl>=3.1", "scikit-learn>=1.4", "statsmodels>=0.14"],
+        "sql": ["duckdb>=1.1"],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
@@ -52,6 +53,7 @@ setup(
             "liger-kernel>=0.8.5,<0.9",
             "nbclient>=0.10",
             "ipykernel>=6",
+            "duckdb>=1.1",
         ],
         "dev": ["ruff", "mypy", "pandas-stubs"],
     },

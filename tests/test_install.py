@@ -56,12 +56,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen]]
     monkeypatch.setattr(subprocess, "Popen", Noted)
     yield processes
     patience = time.monotonic() + 10  # what pip started itself is reaped by the machine's first process
-    while any(map(group_lives, processes)) and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert not any(map(group_lives, processes))
+    while any(map(is_alive, processes)):
+        assert time.monotonic() < patience
 
 
-def group_lives(process: subprocess.Popen) -> bool:
+def is_alive(process: subprocess.Popen) -> bool:
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:

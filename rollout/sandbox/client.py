@@ -107,7 +107,7 @@ class _Link:
             # -P and -s: neither the current folder nor the user's packages; -I would also ignore the hash seed.
             command = [sys.executable, "-P", "-s", "-c", BOOT, HERE, json.dumps(settings)]
             self.process = subprocess.Popen(
-                command, env={**ENVIRONMENT, "HOME": self.base}, cwd=self.base, pass_fds=[theirs.fileno()],
+                command, env={**ENVIRONMENT, "HOME": self.base, "XDG_CACHE_HOME": _cache()}, cwd=self.base, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
             )  # fmt: skip
             theirs.close()
@@ -371,6 +371,11 @@ class Sandbox:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _cache() -> str:
+    """The user's folder for caches, where matplotlib keeps its list of fonts, which takes seconds to make."""
+    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
 
 def task_files(files: Sequence[str]) -> list[str]:

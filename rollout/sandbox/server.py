@@ -1,4 +1,4 @@
-"""The warm server: a process with numpy and pandas imported that forks a child for each execution.
+"""The warm server: a process with numpy, pandas and matplotlib imported that forks a child for each execution.
 
 `client.Sandbox` starts it with a bare environment and talks to it over a socket: frames of four length bytes and
 JSON. It runs several executions at once, first come first served, and ends when its client does. It never imports
@@ -147,8 +147,9 @@ def send(channel: socket.socket, data: bytes) -> None:
 
 
 def warm_up() -> None:
-    """Imports numpy and pandas and touches what a small chunk uses, so that no execution pays for a first time."""
+    """Imports what code uses most and touches what a small chunk needs, so that no execution pays for a first time."""
     warnings.simplefilter("ignore")
+    import matplotlib.pyplot as plt
     import numpy as np
     import pandas as pd
 
@@ -164,6 +165,7 @@ def warm_up() -> None:
     shown += [table.sort_values("b").head(), table.isna().sum()]
     shown += [np.polyfit(table["a"], table["b"], 1), np.corrcoef(table["a"], table["b"])]
     str(shown)
+    plt.close(plt.figure())
     table.to_csv(io.StringIO())
 
 
@@ -175,10 +177,10 @@ def main() -> None:
     limits = Limits(**settings["limits"])
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, kernel.MAX_FILES) if hard >= 0 else kernel.MAX_FILES, hard))
+    warm_up()
     groups = cgroup.enter(os.path.basename(settings["base"]), *_together(limits, settings))
     features = kernel.isolate_server(settings["base"])
     enforced = [*features.describe(), *(["cgroup: processes and memory of all executions together"] if groups else [])]
-    warm_up()
     gc.collect()
     gc.disable()
     # Forked children then neither scan nor copy what is here.

@@ -37,6 +37,7 @@ from urllib.parse import quote
 
 DATABASES, TABLES = (".sqlite", ".sqlite3", ".db", ".db3"), (".csv",)
 NOTHING = re.compile(r"(?:\s|;|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*", re.DOTALL)
+QUOTED_LINE = re.compile(r"\n\s*LINE \d+: ")
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_CHARS = 10, 20, 40
 ONE_READ = "only one query that reads is allowed (SELECT, WITH, VALUES, EXPLAIN)"
 
@@ -272,7 +273,7 @@ def _duckdb(query: str, files: Sequence[str], limits: SqlLimits) -> Iterator[Res
     except duckdb.OutOfMemoryException:
         raise MemoryError from None
     except duckdb.Error as error:
-        raise SqlError(" ".join(str(error).split("\n\nLINE ")[0].split())) from None
+        raise SqlError(" ".join(QUOTED_LINE.split(str(error))[0].split())) from None
 
 
 @contextmanager
