@@ -169,6 +169,7 @@ class _Loop:
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
         self._params, self._limits, self._progress = params, limits, progress
+        self._max_wall_s = limits.max_wall_s or math.inf
         self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
         self._executing: dict[Future[Execution], _Episode] = {}
@@ -222,7 +223,7 @@ class _Loop:
 
     def _end_late(self) -> None:
         """Ends what has had its time."""
-        if self._limits.max_wall_s is None:
+        if self._max_wall_s == math.inf:
             return
         now = time.monotonic()
         for request, episode in list(self._writing.items()):
@@ -236,9 +237,9 @@ class _Loop:
                 self._end(episode, "time_limit")
 
     def _is_late(self, episode: _Episode, now: float) -> bool:
-        assert self._limits.max_wall_s is not None and episode.request is not None
+        assert episode.request is not None
         if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
-            episode.deadline = now + self._limits.max_wall_s
+            episode.deadline = now + self._max_wall_s
         return now >= episode.deadline
 
     def _turn_params(self, episode: _Episode) -> SamplingParams | None:
