@@ -39,11 +39,20 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
+        "nbformat>=5",
     ],
     extras_require={
         "cuda": ["flash-attn", "xformers"],
         "data": ["openpyxl>=3.1", "scikit-learn>=1.4", "statsmodels>=0.14"],
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=4.46", "trl>=1.16,<1.17", "liger-kernel>=0.8.5,<0.9"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "transformers>=4.46",
+            "trl>=1.16,<1.17",
+            "liger-kernel>=0.8.5,<0.9",
+            "nbclient>=0.10",
+            "ipykernel>=6",
+        ],
         "dev": ["ruff", "mypy", "pandas-stubs"],
     },
 )

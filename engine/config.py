@@ -249,7 +249,11 @@ class SandboxConfig:
 
     wall_s: float = setting(20.0, "wall seconds, and CPU seconds of a process", minimum=0.01)
     memory_gib: float = setting(1.0, "address space", minimum=0.01)
-    processes: int = setting(16, "processes of one execution", minimum=1)
+    execution: Literal["replay", "forked"] = setting(
+        "replay",
+        "how a trajectory's state is kept: earlier code runs again, or a paused process holds it",
+        changeable=True,
+    )
     workers: int = setting(2, "executions at once on a rank", minimum=1, changeable=True)
     isolation: Literal["auto", "none"] = setting(
         "auto", "auto: what the kernel enforces, refuse where it enforces nothing; none: run all the same"

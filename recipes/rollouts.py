@@ -123,7 +123,6 @@ def open_sandbox(run: Run) -> Sandbox:
         wall_s=settings.wall_s,
         cpu_s=settings.wall_s,
         memory_gib=settings.memory_gib,
-        processes=settings.processes,
         isolation=settings.isolation,
     )
-    return Sandbox(limits, workers=settings.workers)
+    return Sandbox(limits, workers=settings.workers, execution=settings.execution)

@@ -103,7 +103,6 @@ class _Episode:
     session: Runs | None = None  # from its first code on
     deadline: float = math.inf  # by the monotonic clock
     length: int = 0  # tokens so far
-    budget: int = 0  # tokens of the present turn, at most
     turns: int = 0
     errors: int = 0  # failed executions in a row
 
@@ -247,8 +246,8 @@ class _Loop:
         room = self._limits.max_trajectory_tokens - episode.length
         if room < 1:
             return None
-        episode.budget = min(room, self._limits.max_tokens_per_turn)
-        return replace(self._params, stop=episode.grammar.stops, max_tokens=episode.budget)
+        max_tokens = min(room, self._limits.max_tokens_per_turn)
+        return replace(self._params, stop=episode.grammar.stops, max_tokens=max_tokens)
 
     def _read_turn(self, episode: _Episode, completion: Completion) -> None:
         """Takes a finished turn: it ends the trajectory, or its code goes to the sandbox."""

@@ -1,4 +1,4 @@
-"""Isolated execution of model-written code: `Sandbox`, its `Session` and `Limits`, and the `Execution` that comes back."""
+"""Isolated execution of model-written code: `Sandbox`, `Session`, `Limits`, and the `Execution` that comes back."""
 
 from .client import Sandbox
 from .execution import Execution

@@ -1,17 +1,17 @@
-"""The interpreter that model code meets: chunks run one after another in one namespace, errors as a notebook shows them."""
+"""The interpreter that model code meets: chunks run in one namespace, and errors look as in a notebook."""
 
 from __future__ import annotations
 
 import gc
 import io
 import linecache
-import os
 import random
 import sys
 import traceback
 import types
 from collections.abc import Callable
 from contextlib import suppress
+from os import dup2, write  # by name, as model code may change the module
 
 DONE, FAILED, MEMORY = 96, 1, 97  # Exit statuses; 0 would be that of code which ends its process itself.
 REPORT = 3  # descriptor by which the error report leaves, whatever model code does to the streams
@@ -51,7 +51,7 @@ class Cells:
         """
         # Earlier chunks wrote through descriptors that lead to nothing, so nothing of theirs can come out late.
         for descriptor in (1, 2, REPORT):
-            os.dup2(output, descriptor)
+            dup2(output, descriptor)
         self._print_anew()
         return self._execute(code, _report)
 
@@ -125,4 +125,4 @@ def _report(text: str) -> None:
     data = text.encode("utf-8", "backslashreplace")
     with suppress(OSError):
         while data:
-            data = data[os.write(REPORT, data) :]
+            data = data[write(REPORT, data) :]

@@ -6,20 +6,22 @@ Versions 1 and 2 of the interface serve; version 2 gives a process that shares i
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from contextlib import suppress
 
 # Of version 1: controller, and the file that takes its limit; version 2 calls the second "memory.max".
 FILES_V1 = {"pids": "pids.max", "memory": "memory.limit_in_bytes"}
 FILES_V2 = {"pids": "pids.max", "memory": "memory.max"}
-PREFIX = "groupwise-"
+PREFIX = "groupwise-sandbox-"
 
 
 def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     """Puts this process, and all that it starts, into a new group.
 
     Args:
-        name: of the group, unlike those of other servers.
+        name: of the group, starting with PREFIX and unlike those of other servers.
         processes: processes and threads at once.
         memory_bytes: bytes of memory.
 
@@ -29,7 +31,7 @@ def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     made = []
     for parent, files in _own_groups():
         _sweep(parent)
-        folder = os.path.join(parent, PREFIX + name)
+        folder = os.path.join(parent, name)
         try:
             os.mkdir(folder)
             for controller, file in files.items():
@@ -42,11 +44,18 @@ def enter(name: str, processes: int, memory_bytes: int) -> list[str]:
     return made
 
 
-def remove(folders: list[str]) -> None:
-    """Removes groups whose processes have ended."""
+def remove(folders: list[str], patience_s: float = 0.0) -> None:
+    """Removes groups whose processes have ended; the kernel may need a moment after the last of them."""
+    deadline = time.monotonic() + patience_s
     for folder in folders:
-        with suppress(OSError):
-            os.rmdir(folder)
+        while True:
+            try:
+                os.rmdir(folder)
+            except OSError as error:
+                if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                    continue
+            break
 
 
 def _own_groups() -> list[tuple[str, dict[str, str]]]:
@@ -65,7 +74,7 @@ def _own_groups() -> list[tuple[str, dict[str, str]]]:
             places = (f"/sys/fs/cgroup/{controllers}{path}", f"/sys/fs/cgroup/{controllers}")
             place = next((place for place in places if os.path.isdir(place)), places[0])
             found.append((place, {name: FILES_V1[name]}))
-    return found
+    return [(folder, files) for folder, files in found if os.path.exists(os.path.join(folder, "cgroup.procs"))]
 
 
 def _sweep(parent: str) -> None:

@@ -13,88 +13,90 @@ import resource
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
 from . import kernel, seccomp
-from .cells import FAILED, REPORT, Cells
+from .cells import DONE, FAILED, REPORT, Cells
 from .job import Job
 from .kernel import Features
 from .limits import Limits
 from .paused import supervise
+from .sql import SqlError, SqlLimits, run_sql
 
 UNCONFINED = 98
 CONTROL = 4  # descriptor of the control socket
 SPARE = 128  # from here on, descriptors are out of the way of those with fixed numbers
 
 
-def run_child(
-    job: Job,
-    limits: Limits,
-    features: Features,
-    folder: str,
-    readable: tuple[str, ...],
-    output: int,
-    control: int | None,
-    baseline: int,
-) -> NoReturn:
-    """Runs a job in this process.
+@dataclass(frozen=True)
+class Place:
+    """What the server prepared for a child.
 
     Args:
         folder: its private working folder, with the task's files in it.
         readable: what Landlock lets it read.
+        user: the user id that it takes, None if it keeps the server's.
         output: descriptor that takes stdout and stderr.
         control: descriptor of the socket by which a session's chunks come, None for one execution.
         baseline: bytes of address space that the interpreter already has.
     """
+
+    folder: str
+    readable: tuple[str, ...]
+    user: int | None
+    output: int
+    control: int | None
+    baseline: int
+
+
+def run_child(job: Job, limits: Limits, features: Features, place: Place) -> NoReturn:
+    """Runs a job in this process."""
     try:
-        _confine(limits, features, folder, readable, output, control, baseline)
+        _confine(job, limits, features, place)
     except BaseException as error:
-        os.write(output, f"the sandbox could not be set up: {error!r}".encode())
+        os.write(place.output, f"the sandbox could not be set up: {error!r}".encode())
         os._exit(UNCONFINED)
     status = FAILED
     with suppress(BaseException):
         if job.packages:
             sys.path.append(job.packages)
-        if control is not None:
+        if place.control is not None:
             supervise(socket.socket(fileno=CONTROL), job.history)
-        status = _run(job)
+        status = _run_query(job, limits) if job.language == "sql" else _run(job)
     os._exit(status)
 
 
-def _confine(
-    limits: Limits,
-    features: Features,
-    folder: str,
-    readable: tuple[str, ...],
-    output: int,
-    control: int | None,
-    baseline: int,
-) -> None:
+def _confine(job: Job, limits: Limits, features: Features, place: Place) -> None:
     """Leaves only what model code may have; the descriptors are REPORT and CONTROL then."""
     os.setsid()
-    _place_descriptors(output, control)
+    _place_descriptors(place.output, place.control)
     if features.nested:
-        kernel.enter_own(features.per_job, folder)
-    place = kernel.WORK if features.work else folder
+        kernel.enter_own(features.per_job, place.folder)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # Where memory ends, this process goes first.
-    kernel.limit(resource.RLIMIT_CORE, 0)
-    kernel.limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s), spare=1)
-    kernel.limit(resource.RLIMIT_FSIZE, limits.file_mib * 2**20)
-    kernel.limit(resource.RLIMIT_NOFILE, 256)
-    kernel.limit(resource.RLIMIT_AS, baseline + limits.memory_gib * 2**30)
-    if features.counted:
-        # A session's two own processes come on top.
-        kernel.limit(resource.RLIMIT_NPROC, limits.processes + (1 if control is None else 3))
-    os.chdir(place)
-    os.environ.update(HOME=place, TMPDIR=place)
-    if features.counted and os.getuid() == 0:
-        kernel.own_user()
-    kernel.drop_privileges()
+    _limit(job, limits, features, place)
+    folder = kernel.WORK if features.work else place.folder
+    os.environ.update(HOME=folder, TMPDIR=folder)
+    if place.user is not None:
+        kernel.become(place.user)
+    kernel.drop_privileges(0 if place.user is None else kernel.READ_SEARCH)
+    os.chdir(folder)
     if features.landlock:
-        kernel.restrict_files(features.landlock, readable, place)
+        kernel.restrict_files(features.landlock, place.readable, folder)
     if features.calls:
         seccomp.restrict_calls(features.calls)
+
+
+def _limit(job: Job, limits: Limits, features: Features, place: Place) -> None:
+    kernel.limit(resource.RLIMIT_CORE, 0)
+    kernel.limit(resource.RLIMIT_CPU, math.ceil(limits.sql_s if job.language == "sql" else limits.cpu_s), spare=1)
+    kernel.limit(resource.RLIMIT_FSIZE, limits.file_mib * 2**20)
+    kernel.limit(resource.RLIMIT_NOFILE, 256)
+    kernel.limit(resource.RLIMIT_AS, place.baseline + limits.memory_gib * 2**30)
+    if features.counted:
+        # A session's two own processes come on top.
+        kernel.limit(resource.RLIMIT_NPROC, limits.processes + (1 if place.control is None else 3))
 
 
 def _place_descriptors(output: int, control: int | None) -> None:
@@ -116,3 +118,18 @@ def _run(job: Job) -> int:
     cells = Cells()
     cells.replay(job.history)
     return cells.run(job.code, output)
+
+
+def _run_query(job: Job, limits: Limits) -> int:
+    caps = SqlLimits(
+        sql_s=limits.sql_s,
+        max_bytes=int(min(SqlLimits.max_bytes, limits.file_mib * 2**20)),
+        memory_mib=max(1, int(limits.memory_gib * 1024 / 2)),
+    )
+    names = [os.path.basename(path) for path in job.files]
+    try:
+        text, status = run_sql(job.code, names, job.result_name, limits=caps), DONE
+    except SqlError as error:
+        text, status = str(error), FAILED
+    os.write(REPORT, (text + "\n").encode("utf-8", "replace"))
+    return status

@@ -8,8 +8,8 @@
 
 A warm server process (`server.py`) forks a child for each execution. Where the kernel grants it, the child
 has no network, no view of other processes, no capability, reads only the interpreter and its own files, writes
-only in its private folder, and starts no program (`kernel.py`, `seccomp.py`, `cgroup.py`; `Sandbox.enforced()` lists what
-holds here, and `python -m groupwise.rollout.sandbox` tries it).
+only in its private folder, and starts no program (`kernel.py`, `seccomp.py`, `cgroup.py`; `Sandbox.enforced()` lists
+what holds here, and `python -m groupwise.rollout.sandbox` tries it).
 
 Not protected against: holes in the kernel; reading the time or the machine's load; learning by `stat` which paths
 exist; use of the processors up to the limits; a disk that many small files fill until the execution ends; and, without
@@ -87,7 +87,7 @@ class _Link:
         self.closed = False
         self.restarts = 0
         self.groups: list[str] = []
-        self.base = tempfile.mkdtemp(prefix="groupwise-sandbox-")
+        self.base = tempfile.mkdtemp(prefix=cgroup.PREFIX)
         try:
             self.hello = self._start()
         except BaseException:
@@ -151,18 +151,21 @@ class _Link:
                 if not self._restart():
                     return
                 continue
-            with self.lock:
-                pending = self.pending.pop(result["id"], None)
-            if pending is None:
-                continue
-            if "failure" in result:
-                _settle(pending.future, error=RuntimeError(result["failure"]))
-            else:
-                verdict, retried = result["verdict"], pending.attempts > 1
-                execution = Execution(
-                    verdict == "ok", result["output"], verdict, result["wall_s"], result.get("table"), retried
-                )
-                _settle(pending.future, execution)
+            self._deliver(result)
+
+    def _deliver(self, result: dict[str, Any]) -> None:
+        with self.lock:
+            pending = self.pending.pop(result["id"], None)
+        if pending is None:
+            return
+        if "failure" in result:
+            _settle(pending.future, error=RuntimeError(result["failure"]))
+            return
+        verdict, retried = result["verdict"], pending.attempts > 1
+        execution = Execution(
+            verdict == "ok", result["output"], verdict, result["wall_s"], result.get("table"), retried
+        )
+        _settle(pending.future, execution)
 
     def _restart(self) -> bool:
         """After the server died: another one gets what was under way once more; False when closed or impossible."""
@@ -216,7 +219,7 @@ class _Link:
         for pending in self.pending.values():
             _settle(pending.future, error=RuntimeError("the sandbox was closed before this execution ended"))
         self.pending.clear()
-        cgroup.remove(self.groups)
+        cgroup.remove(self.groups, CLOSE_S)
         _empty(self.base)
         shutil.rmtree(self.base, ignore_errors=True)
 

@@ -18,6 +18,7 @@ class Folder:
         path: where it is to be.
         files: absolute paths of the task's files.
         protected: the kernel keeps what links lead to read-only.
+        owner: user id that gets the folder and what is in it, None if that is this process's.
 
     Attributes:
         linked: what the links lead to.
@@ -26,8 +27,8 @@ class Folder:
         OSError: no space, a file that is gone: nothing remains then.
     """
 
-    def __init__(self, path: str, files: list[str], protected: bool) -> None:
-        self.path, self._saved = path, path + ".saved"
+    def __init__(self, path: str, files: list[str], protected: bool, owner: int | None) -> None:
+        self.path, self._saved, self._owner = path, path + ".saved", owner
         self.linked: list[str] = []
         try:
             os.mkdir(path, 0o700)
@@ -39,6 +40,7 @@ class Folder:
                 else:
                     shutil.copyfile(file, target)
                     os.chmod(target, 0o444)
+            self._give(path)
         except BaseException:
             self.remove()
             raise
@@ -50,6 +52,7 @@ class Folder:
             if not _is_small(self.path):
                 return False
             shutil.copytree(self.path, self._saved, symlinks=True)
+            self._give(self._saved)
         except (OSError, shutil.Error):
             return False  # Something there cannot be read or copied, such as a pipe.
         return True
@@ -65,9 +68,16 @@ class Folder:
                     os.unlink(entry.path)
             for name in os.listdir(self._saved):
                 os.rename(os.path.join(self._saved, name), os.path.join(self.path, name))
+            shutil.copymode(self._saved, self.path)
         except OSError:
             return False
         return True
+
+    def _give(self, path: str) -> None:
+        if self._owner is not None:
+            for folder, _, names in os.walk(path):
+                for name in (".", *names):
+                    os.chown(os.path.join(folder, name), self._owner, -1, follow_symlinks=False)
 
     def remove(self) -> None:
         """Removes it and what was saved."""

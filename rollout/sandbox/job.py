@@ -29,3 +29,8 @@ class Job:
     language: Language = "python"
     session: int | None = None
     packages: str = ""
+
+    @property
+    def result_name(self) -> str:
+        """The file in the working folder that takes a query's result."""
+        return f"result_{len(self.history) + 1}.csv"

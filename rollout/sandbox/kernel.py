@@ -10,11 +10,14 @@ import ctypes
 import errno
 import os
 import resource
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from . import seccomp
 
@@ -23,9 +26,10 @@ CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 38, 36
 CAP_VERSION_3 = 0x20080522
+READ_SEARCH = 1 << 2  # the capability to read every file and folder
 
 # These numbers are the same on every architecture: system calls added since 2019 share one table.
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_RULE, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
@@ -62,7 +66,7 @@ class Features:
             sees its working folder at `WORK`.
         landlock: version of its interface, 0 without.
         calls: the filter of system calls, None without.
-        counted: each execution has a user of its own, so the kernel counts its processes and threads.
+        own_users: each execution gets a user id of its own, as root can give one.
     """
 
     namespaces: tuple[str, ...] = ()
@@ -71,12 +75,17 @@ class Features:
     per_job: int = 0
     landlock: int = 0
     calls: bytes | None = None
-    counted: bool = False
+    own_users: bool = False
 
     @property
     def isolates(self) -> bool:
         """Whether there is any isolation at all: enough for `isolation = "auto"`."""
         return bool(self.landlock) or self.nested
+
+    @property
+    def counted(self) -> bool:
+        """Whether an execution has a user that no other process has, so that the kernel counts its processes."""
+        return self.own_users or bool(self.per_job & CLONE_NEWUSER)
 
     @property
     def work(self) -> bool:
@@ -167,10 +176,10 @@ def _succeeds(*steps: Callable[[], object]) -> bool:
 
 def _per_job(writable: str) -> int:
     """The namespaces that each execution can make for itself."""
-    # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; root has `own_user` for it.
+    # A user namespace for each execution makes RLIMIT_NPROC count that execution alone; root has `become` for it.
     user = 0 if os.getuid() == 0 else CLONE_NEWUSER
     for flags in dict.fromkeys((CLONE_NEWIPC | CLONE_NEWNS | user, CLONE_NEWIPC | user, CLONE_NEWIPC)):
-        if _succeeds(lambda flags=flags: enter_own(flags, writable)):  # type: ignore[misc]
+        if _succeeds(partial(enter_own, flags, writable)):
             return flags
     return 0
 
@@ -182,13 +191,28 @@ def enter_own(flags: int, folder: str) -> None:
         mount(folder, WORK, MS_BIND)
 
 
-def own_user() -> None:
-    """Gives root's process a real user id of its own, by which the kernel counts its processes and threads.
+def new_user() -> int:
+    """A user id that nobody has."""
+    return 1 << 30 | int.from_bytes(os.urandom(4), "big") >> 3
 
-    The effective one stays, and with it what it may read. `seccomp.py` keeps the process from changing it back.
+
+def become(user: int) -> None:
+    """Turns root's process into that of another user, by which the kernel counts its processes and threads.
+
+    Of root's rights only that to read stays, as the interpreter may lie where only root looks; `drop_privileges` leaves
+    it, and Landlock and the filter of calls say what it may be used for.
     """
-    own = 1 << 30 | int.from_bytes(os.urandom(4), "big") >> 3
-    os.setresuid(own, 0, 0)
+    _check(_libc.prctl(PR_SET_KEEPCAPS, ctypes.c_ulong(1), 0, 0, 0), "prctl")
+    os.setresuid(user, user, user)
+
+
+def _try_users(folder: str) -> None:
+    """Raises where root cannot give executions users of their own."""
+    user = new_user()
+    os.chown(folder, user, -1)
+    become(user)
+    drop_privileges(READ_SEARCH)
+    os.mkdir(os.path.join(folder, "own"))
 
 
 def isolate_server(writable: str) -> Features:
@@ -211,7 +235,7 @@ def isolate_server(writable: str) -> Features:
     tries = (wanted & ~CLONE_NEWUSER, wanted) if os.getuid() == 0 else (wanted,)
     flags = next((flags for flags in tries if _works(flags)), 0)
     calls = seccomp.program()
-    if calls and not _succeeds(no_new_privileges, lambda: seccomp.restrict_calls(calls)):
+    if calls and not _succeeds(no_new_privileges, partial(seccomp.restrict_calls, calls)):
         calls = None
     if not flags:
         adopt_orphans()
@@ -225,9 +249,11 @@ def isolate_server(writable: str) -> Features:
         pass  # Some containers lock their mounts; Landlock does not depend on this.
     _become_first_process()
     per_job = _per_job(writable)
-    counted = bool(per_job & CLONE_NEWUSER) or (calls is not None and os.getuid() == 0 and _succeeds(own_user))
+    trial = tempfile.mkdtemp(dir=writable)
+    own_users = calls is not None and os.getuid() == 0 and _succeeds(partial(_try_users, trial))
+    shutil.rmtree(trial)
     granted = tuple(name for flag, name in names.items() if (flags | per_job) & flag)
-    return Features(granted, read_only, True, per_job, landlock_version(), calls, counted)
+    return Features(granted, read_only, True, per_job, landlock_version(), calls, own_users)
 
 
 def _become_first_process() -> None:
@@ -240,14 +266,16 @@ def _become_first_process() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         _check(_libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
         return
-    os.closerange(3, 65536)
+    os.closerange(3, MAX_FILES)
+    patience = 5  # seconds in which a server whose client is gone may tidy up
     while True:
         got = signal.sigtimedwait(signals, 1.0)
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
         # The socket tells the server that its client is gone, unless a fork of the client still holds it.
-        if os.getppid() != client or (got is not None and got.si_signo == signal.SIGTERM):
+        patience -= os.getppid() != client
+        if patience == 0 or (got is not None and got.si_signo == signal.SIGTERM):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -331,13 +359,13 @@ def no_new_privileges() -> None:
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0), "prctl")
 
 
-def drop_privileges() -> None:
-    """Gives up every capability, and the ways to get one."""
+def drop_privileges(kept: int = 0) -> None:
+    """Gives up every capability but those whose bits are in `kept`, and the ways to get one."""
     capability = 0
     while _libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) == 0:
         capability += 1
     no_new_privileges()
-    _check(_libc.capset(struct.pack("Ii", CAP_VERSION_3, 0), struct.pack("6I", *[0] * 6)), "capset")
+    _check(_libc.capset(struct.pack("Ii", CAP_VERSION_3, 0), struct.pack("6I", kept, kept, 0, 0, 0, 0)), "capset")
     # Others of the same user may not trace or read it.
     _check(_libc.prctl(PR_SET_DUMPABLE, ctypes.c_ulong(0), 0, 0, 0), "prctl")
 

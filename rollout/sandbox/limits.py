@@ -17,6 +17,7 @@ class Limits:
         processes: processes alive at once.
         file_mib: MiB of any one file written.
         output_bytes: bytes of stdout and stderr kept, head and tail.
+        sql_s: seconds until a query is stopped, in place of wall_s and cpu_s.
         isolation: "auto" refuses to start where the kernel grants neither namespaces nor Landlock; "none" goes on with
             resource limits alone.
     """
@@ -27,6 +28,7 @@ class Limits:
     processes: int = 16
     file_mib: float = 64.0
     output_bytes: int = 65536
+    sql_s: float = 60.0
     isolation: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:

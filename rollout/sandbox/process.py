@@ -12,8 +12,8 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from . import kernel
-from .child import run_child
+from . import kernel, sql
+from .child import Place, run_child
 from .folder import Folder
 from .job import Job
 from .kernel import Features
@@ -66,9 +66,10 @@ class Process:
         if job.session is not None:
             self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self.folder = Folder(path, job.files, bool(context.features.landlock))
+            user = kernel.new_user() if context.features.own_users else None
+            self.folder = Folder(path, job.files, bool(context.features.landlock), user)
             try:
-                self._pid = self._fork(job, output, theirs)
+                self._pid = self._fork(job, output, theirs, user)
             except BaseException:
                 self.folder.remove()
                 raise
@@ -81,7 +82,7 @@ class Process:
                 theirs.close()
         self.handle = os.pidfd_open(self._pid)
 
-    def _fork(self, job: Job, output: int, theirs: socket.socket | None) -> int:
+    def _fork(self, job: Job, output: int, theirs: socket.socket | None, user: int | None) -> int:
         context, features = self._context, self._context.features
         server = os.getpid()
         pid = kernel.fork_nested() if features.nested else os.fork()
@@ -89,9 +90,11 @@ class Process:
             if not features.nested:
                 kernel.die_with_parent(server)
             packages = (job.packages,) if job.packages else ()
-            readable = (*context.readable, *self.folder.linked, *packages)
+            engines = sql.READABLE if job.language == "sql" else ()
+            readable = (*context.readable, *self.folder.linked, *packages, *engines)
             control = None if theirs is None else theirs.fileno()
-            run_child(job, context.limits, features, self.folder.path, readable, output, control, context.baseline)
+            place = Place(self.folder.path, readable, user, output, control, context.baseline)
+            run_child(job, context.limits, features, place)
         return pid
 
     @property

@@ -1,4 +1,4 @@
-"""`Session`: chunk after chunk in one namespace and one folder, as in a notebook in which failed cells leave no trace."""
+"""`Session`: chunk after chunk in one namespace and one folder, like a notebook whose failed cells leave no trace."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Submit = Callable[[str, Sequence[str], Sequence[str], Language, int | None], Fut
 class Session:
     """Made by `Sandbox.open`; submit one chunk at a time.
 
-    It knows the chunks that succeeded. Each new one meets what they did and nothing of those that failed: by their replay
-    from the same start of the folder and the same random state, or in the paused process that they left behind, which is
-    replaced by a replay wherever it is lost.
+    It knows the chunks that succeeded. Each new one meets what they did and nothing of those that failed: by their
+    replay from the same start of the folder and the same random state, or in the paused process that they left behind,
+    which is replaced by a replay wherever it is lost.
 
     Attributes:
         history: the chunks that succeeded.

@@ -1,0 +1,76 @@
+"""Saved trajectories in the terminal, or one of them as a notebook.
+
+    python -m groupwise.recipes.show RUN/trajectories/FILE.jsonl [--index N] [--notebook OUT.ipynb]
+
+The file holds what ``Trajectory.to_record`` gives, one record a line. A mistake of the user ends it with one sentence
+and status 2.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..engine.errors import UserError
+from ..rollout.notebook import record_to_notebook, write_notebook
+from ..rollout.view import trajectory_panel
+from .command import Arguments, run_command
+
+NEEDED = frozenset({"task", "status", "answer", "reward", "rewards", "advantage", "spans"})  # of a view
+
+
+def show(argv: Sequence[str], console: Console) -> None:
+    """Prints the records that a command line names, or saves one as a notebook.
+
+    Raises:
+        UserError: the file is missing or holds something else, the index is out of range, or a record lacks what a
+            notebook needs.
+    """
+    parser = Arguments("show", __doc__)
+    parser.add_argument("file", type=Path, help="a record a line")
+    parser.add_argument("--index", type=int, help="only this record, from 0")
+    parser.add_argument("--notebook", type=Path, help="where the record is saved, instead of being shown")
+    options = parser.parse_args(argv)
+    records = read_records(options.file)
+    if options.index is not None:
+        if not 0 <= options.index < len(records):
+            raise UserError(f"--index is {options.index}, and {options.file} holds the records 0 to {len(records) - 1}")
+        records = [records[options.index]]
+    if options.notebook is None:
+        for record in records:
+            console.print(trajectory_panel(record))
+        return
+    if len(records) > 1:
+        raise UserError(f"{options.file} holds {len(records)} records and a notebook is of one; name it by --index")
+    if "executions" not in records[0]:
+        raise UserError(f"the record in {options.file} has no executions, of which a notebook is made; only view it")
+    write_notebook(options.notebook, record_to_notebook(records[0]))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file.
+
+    Raises:
+        UserError: the file is missing, or a line is no record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a file with a trajectory's record a line") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}); expected a trajectory's record") from error
+        missing = NEEDED - record.keys() if isinstance(record, dict) else NEEDED
+        if missing:
+            raise UserError(f"{path}, line {number} is no trajectory's record: it lacks {min(missing)!r}")
+        records.append(record)
+    return records
+
+
+if __name__ == "__main__":
+    run_command(show)
