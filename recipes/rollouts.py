@@ -63,6 +63,10 @@ class Rollouts:
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
         )
+        if self._mesh.rank == 0:
+            for file in self._folder.glob(f"{record}.rank*.jsonl"):  # of a run that was stopped, on more ranks
+                if int(file.stem.rpartition("rank")[2]) >= self._mesh.world_size:
+                    file.unlink()
         with self._policy.model.gathered(), Recorder(self._file(record), self._policy.tokenizer) as recorder:
             try:
                 groups = run_agent(

@@ -103,7 +103,6 @@ class _Episode:
     session: Runs | None = None  # from its first code on
     deadline: float = math.inf  # by the monotonic clock
     length: int = 0  # tokens so far
-    budget: int = 0  # tokens of the present turn, at most
     turns: int = 0
     errors: int = 0  # failed executions in a row
 
@@ -169,6 +168,7 @@ class _Loop:
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
         self._params, self._limits, self._progress = params, limits, progress
+        self._max_wall_s = limits.max_wall_s or math.inf
         self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
         self._executing: dict[Future[Execution], _Episode] = {}
@@ -222,7 +222,7 @@ class _Loop:
 
     def _end_late(self) -> None:
         """Ends what has had its time."""
-        if self._limits.max_wall_s is None:
+        if self._max_wall_s == math.inf:
             return
         now = time.monotonic()
         for request, episode in list(self._writing.items()):
@@ -236,10 +236,9 @@ class _Loop:
                 self._end(episode, "time_limit")
 
     def _is_late(self, episode: _Episode, now: float) -> bool:
-        assert self._limits.max_wall_s is not None
         assert episode.request is not None
         if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
-            episode.deadline = now + self._limits.max_wall_s
+            episode.deadline = now + self._max_wall_s
         return now >= episode.deadline
 
     def _turn_params(self, episode: _Episode) -> SamplingParams | None:
@@ -247,8 +246,8 @@ class _Loop:
         room = self._limits.max_trajectory_tokens - episode.length
         if room < 1:
             return None
-        episode.budget = min(room, self._limits.max_tokens_per_turn)
-        return replace(self._params, stop=episode.grammar.stops, max_tokens=episode.budget)
+        max_tokens = min(room, self._limits.max_tokens_per_turn)
+        return replace(self._params, stop=episode.grammar.stops, max_tokens=max_tokens)
 
     def _read_turn(self, episode: _Episode, completion: Completion) -> None:
         """Takes a finished turn: it ends the trajectory, or its code goes to the sandbox."""

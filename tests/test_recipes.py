@@ -27,6 +27,7 @@ from groupwise.recipes.policy import load_policy
 from groupwise.recipes.rollouts import my_share, open_sandbox
 from groupwise.recipes.run import Run
 from groupwise.recipes.training import Training, places
+from groupwise.rollout.record import read_records
 from groupwise.rollout.sandbox import Limits
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Span, Trajectory
@@ -100,6 +101,24 @@ def test_the_main_job_ends_with_its_line_and_its_files(finished: tuple[Path, str
     assert [record["step"] for record in steps] == [0, 1]
     for record in steps:
         assert {"reward", "reward_std", "frac_reward_zero_std", "timing_s/generate"} <= set(record)
+
+
+def test_the_trajectories_of_all_steps_are_on_disk_with_their_rewards(finished: tuple[Path, str]) -> None:
+    folder = finished[0] / "trajectories"
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    names = ["evaluate/grpo/000000", "evaluate/sft/000000", "grpo/000000", "grpo/000001"]
+    assert files == [f"{name}.rank{rank}.jsonl" for name in names for rank in range(2)]
+    records = {file: list(read_records(folder / file)) for file in files}
+    assert [len(records[file]) for file in files] == [6, 6, 6, 6, 4, 4, 4, 4]
+    steps = [json.loads(line) for line in (finished[0] / "grpo.jsonl").read_text().splitlines()]
+    for number, step in enumerate(steps):
+        mine = [record for rank in range(2) for record in records[f"grpo/00000{number}.rank{rank}.jsonl"]]
+        assert sum(record["reward"] for record in mine) / len(mine) == pytest.approx(step["reward"])
+        assert {"tag", "answer"} <= set(mine[0]["rewards"])
+    for name in ("sft", "grpo"):
+        result = json.loads((finished[0] / "evaluate" / f"{name}.json").read_text())
+        runs = [record for rank in range(2) for record in records[f"evaluate/{name}/000000.rank{rank}.jsonl"]]
+        assert sum(record["rewards"]["answer"] for record in runs) / len(runs) == pytest.approx(result["pass_at_1"])
 
 
 def test_training_and_evaluation_tables_are_disjoint(finished: tuple[Path, str]) -> None:

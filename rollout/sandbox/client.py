@@ -106,8 +106,9 @@ class _Link:
         with theirs, tempfile.TemporaryFile() as errors:
             # -P and -s: neither the current folder nor the user's packages; -I would also ignore the hash seed.
             command = [sys.executable, "-P", "-s", "-c", BOOT, HERE, json.dumps(settings)]
+            environment = {**ENVIRONMENT, "HOME": self.base, "XDG_CACHE_HOME": _cache()}
             self.process = subprocess.Popen(
-                command, env={**ENVIRONMENT, "HOME": self.base, "XDG_CACHE_HOME": _cache()}, cwd=self.base, pass_fds=[theirs.fileno()],
+                command, env=environment, cwd=self.base, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
             )  # fmt: skip
             theirs.close()
