@@ -18,7 +18,7 @@ from ..rollout.notebook import record_to_notebook, write_notebook
 from ..rollout.view import trajectory_panel
 from .command import Arguments, run_command
 
-NEEDED = frozenset({"task", "status", "answer", "reward", "rewards", "advantage", "spans"})  # of a view
+VIEWED = frozenset({"task", "status", "answer", "reward", "rewards", "advantage", "spans"})
 
 
 def show(argv: Sequence[str], console: Console) -> None:
@@ -40,12 +40,12 @@ def show(argv: Sequence[str], console: Console) -> None:
         records = [records[options.index]]
     if options.notebook is None:
         for record in records:
+            _check(record, VIEWED, options.file)
             console.print(trajectory_panel(record))
         return
-    if len(records) > 1:
+    if len(records) != 1:
         raise UserError(f"{options.file} holds {len(records)} records and a notebook is of one; name it by --index")
-    if "executions" not in records[0]:
-        raise UserError(f"the record in {options.file} has no executions, of which a notebook is made; only view it")
+    _check(records[0], VIEWED | {"sample", "executions"}, options.file)
     write_notebook(options.notebook, record_to_notebook(records[0]))
 
 
@@ -55,21 +55,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, or a line is no record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a file with a trajectory's record a line") from error
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}); expected a trajectory's record") from error
-        missing = NEEDED - record.keys() if isinstance(record, dict) else NEEDED
-        if missing:
-            raise UserError(f"{path}, line {number} is no trajectory's record: it lacks {min(missing)!r}")
-        records.append(record)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    records.append(dict(json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{path}, line {number} is no trajectory's record ({error}); remove it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a file of records, one a line") from error
     return records
+
+
+def _check(record: dict[str, Any], needed: frozenset[str], path: Path) -> None:
+    if missing := needed - record.keys():
+        raise UserError(f"a record in {path} lacks {min(missing)!r}; expected what Trajectory.to_record gives")
 
 
 if __name__ == "__main__":

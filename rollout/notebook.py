@@ -151,7 +151,10 @@ def _code_cell(code: str, execution: Mapping[str, Any], about: dict[str, Any], *
         cell.outputs.append(v4.new_output("stream", name="stdout", text=printed))
     if not execution["ok"]:
         frames = FRAMES.match(report)
-        name, _, message = report[frames.end() if frames else 0 :].partition(": ")
+        last = report[frames.end() if frames else 0 :]
+        name, _, message = last.partition(": ")
+        if not re.fullmatch(r"[\w.]+", name):
+            name, message = "Error", last
         name = name.rpartition(".")[2]  # Jupyter names a class without its module
         cell.outputs.append(v4.new_output("error", ename=name, evalue=message, traceback=report.splitlines()))
         cell.metadata["tags"] = ["raises-exception"]

@@ -183,6 +183,37 @@ def test_cells_say_what_was_written_by_whom(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
+    ("output", "verdict", "shown"),
+    [
+        (
+            "12\ncell 2, line 3, in <lambda>: f: x\ncell 1, line 1: y\na.b.C: d: e\nf\n",
+            "error",
+            ("12\n", "C", "d: e\nf"),
+        ),
+        ("glued cell 1, line 1: y\nC\n", "error", ("glued ", "C", "")),
+        ("cell 1, line 1: y\na note\n", "error", ("", "Error", "a note")),
+        ("12\n", "error", ("12\n", "SystemExit", "")),
+        ("12MemoryError\n", "memory", ("12", "MemoryError", "")),
+        (
+            "a\nTimeoutError: x\nKilled: signal SIGKILL\n",
+            "killed",
+            ("a\nTimeoutError: x\n", "Killed", "signal SIGKILL"),
+        ),
+        ("12\n", "unheard_of", ("12\n", "unheard_of", "")),
+    ],
+)
+def test_reports_of_the_sandbox_become_errors(
+    output: str, verdict: str, shown: tuple[str, str, str], tokenizer: Tokenizer
+) -> None:
+    spans = DATAMIND.render([Step("code", "", "print(12)", output)])
+    notebook = to_notebook(trajectory_of(spans, [Execution(False, output, verdict, 0.1)], tokenizer), tokenizer)
+    cell = next(cell for cell in notebook.cells if cell.source.endswith("print(12)"))
+    printed = "".join(part.text for part in cell.outputs[:-1])
+    assert (printed, cell.outputs[-1].ename, cell.outputs[-1].evalue) == shown
+    assert cell.source.startswith("%%forked\n" if verdict == "error" else "%%stopped ")
+
+
+@pytest.mark.parametrize(
     ("text", "status", "kept"),
     [
         ("no tags", "void", "no tags"),

@@ -132,15 +132,18 @@ def test_mistakes_end_with_one_sentence(
     words = {key: value for key, value in records[0].items() if key != "executions"}
     out = str(tmp_path / "n.ipynb")
     (tmp_path / "text.jsonl").write_text("no json\n")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\n")
     mistakes = [
         ([str(tmp_path / "none.jsonl")], "cannot be read"),
-        ([str(tmp_path / "text.jsonl")], "line 1 is not JSON"),
-        ([str(save(tmp_path / "other.jsonl", records[0], {"task": {}}))], "line 2 is no trajectory's record"),
+        ([str(tmp_path / "binary.jsonl")], "cannot be read"),
+        ([str(tmp_path / "text.jsonl")], "line 1 is no trajectory's record"),
+        ([str(save(tmp_path / "list.jsonl", records[0], [1]))], "line 2 is no trajectory's record"),
+        ([str(save(tmp_path / "other.jsonl", records[0], {"task": {}}))], "lacks 'advantage'"),
         ([good, "--index", "3"], "holds the records 0 to 2"),
         ([good, "--index", "-1"], "holds the records 0 to 2"),
         ([good, "--notebook", out], "name it by --index"),
         ([good, "--index", "0", "--notebook", str(tmp_path / "none" / "n.ipynb")], "cannot be written"),
-        ([str(save(tmp_path / "words.jsonl", words)), "--notebook", out], "has no executions"),
+        ([str(save(tmp_path / "words.jsonl", words)), "--notebook", out], "lacks 'executions'"),
     ]
     for arguments, sentence in mistakes:
         monkeypatch.setattr(sys, "argv", ["show", *arguments])
