@@ -68,6 +68,7 @@ class ScriptedSampler:
     def __init__(self, tokenizer: Tokenizer, scripts: Mapping[str, Script]) -> None:
         self._tokenizer, self._scripts = tokenizer, scripts
         self._under_way: dict[int, Script] = {}
+        self._ids: dict[int, list[int]] = {}
         self._finished: list[Completion] = []
         self._count = 0
 
@@ -80,26 +81,38 @@ class ScriptedSampler:
         """Starts the prompt's script."""
         self._count += 1
         self._under_way[self._count] = self._scripts[self._tokenizer.decode(prompt_ids)]
+        self._ids[self._count] = list(prompt_ids)
         self._write(self._count, next(self._under_way[self._count]), params)
         return self._count
 
     def extend(self, request_id: int, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Sends the script what was observed."""
+        self._ids[request_id] += token_ids
         self._write(request_id, self._under_way[request_id].send(self._tokenizer.decode(token_ids)), params)
 
     def cancel(self, request_id: int) -> None:
         """Ends the script."""
         self._under_way.pop(request_id).close()
+        del self._ids[request_id]
 
     def poll(self) -> list[Completion]:
         """The turns written since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
+    def token_ids(self, request_id: int) -> Sequence[int]:
+        """All that was read and written."""
+        return self._ids[request_id]
+
+    def is_waiting(self, request_id: int) -> bool:
+        """No script waits for memory."""
+        return False
+
     def _write(self, request_id: int, turn: str, params: SamplingParams) -> None:
         ids = self._tokenizer.encode(turn)
         reason: Literal["stop", "length"] = "stop" if len(ids) <= params.max_tokens else "length"
         ids = ids[: params.max_tokens]
+        self._ids[request_id] += ids
         certain = [0.0] * len(ids)
         self._finished.append(Completion(request_id, ids, certain, certain, reason, self._tokenizer.decode(ids)))
 

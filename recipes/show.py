@@ -6,7 +6,6 @@ The file holds what ``Trajectory.to_record`` gives, one record a line. A mistake
 and status 2.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from ..engine.errors import UserError
 from ..rollout.notebook import record_to_notebook, write_notebook
+from ..rollout.record import read_records
 from ..rollout.view import trajectory_panel
 from .command import Arguments, run_command
 
@@ -33,7 +33,7 @@ def show(argv: Sequence[str], console: Console) -> None:
     parser.add_argument("--index", type=int, help="only this record, from 0")
     parser.add_argument("--notebook", type=Path, help="where the record is saved, instead of being shown")
     options = parser.parse_args(argv)
-    records = read_records(options.file)
+    records = list(read_records(options.file))
     if options.index is not None:
         if not 0 <= options.index < len(records):
             raise UserError(f"--index is {options.index}, and {options.file} holds the records 0 to {len(records) - 1}")
@@ -47,25 +47,6 @@ def show(argv: Sequence[str], console: Console) -> None:
         raise UserError(f"{options.file} holds {len(records)} records and a notebook is of one; name it by --index")
     _check(records[0], VIEWED | {"sample", "executions"}, options.file)
     write_notebook(options.notebook, record_to_notebook(records[0]))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file.
-
-    Raises:
-        UserError: the file is missing, or a line is no record.
-    """
-    records = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    records.append(dict(json.loads(line)))
-                except (ValueError, TypeError) as error:
-                    raise UserError(f"{path}, line {number} is no trajectory's record ({error}); remove it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a file of records, one a line") from error
-    return records
 
 
 def _check(record: dict[str, Any], needed: frozenset[str], path: Path) -> None:

@@ -60,7 +60,7 @@ def read_records(file: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a file in its order; a last line that was cut off by a kill is left out.
 
     Raises:
-        UserError: the file is missing, or a line is no record.
+        UserError: the file cannot be read, or a line is no record.
     """
     try:
         with open(file, "rb") as lines:
@@ -69,10 +69,10 @@ def read_records(file: str | Path) -> Iterator[dict[str, Any]]:
                     return
                 try:
                     yield dict(json.loads(line))
-                except ValueError as error:
+                except (ValueError, TypeError) as error:
                     raise UserError(f"{file}, line {number} is no trajectory: {error}; remove the line") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist; give a file of RUN/trajectories") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); give a file of RUN/trajectories") from error
 
 
 def _line(trajectory: Trajectory, tokenizer: Tokenizer) -> str:

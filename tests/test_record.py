@@ -109,7 +109,7 @@ def test_a_line_that_was_cut_is_left_out_and_a_broken_one_is_named(tmp_path: Pat
     file.write_bytes(whole[:first] + b"{\n" + whole[first:])
     with pytest.raises(UserError, match=r"000000.jsonl, line 2 is no trajectory"):
         list(read_records(file))
-    with pytest.raises(UserError, match=r"gone.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"gone.jsonl cannot be read"):
         list(read_records(tmp_path / "gone.jsonl"))
 
 

@@ -135,9 +135,9 @@ def test_mistakes_end_with_one_sentence(
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\n")
     mistakes = [
         ([str(tmp_path / "none.jsonl")], "cannot be read"),
-        ([str(tmp_path / "binary.jsonl")], "cannot be read"),
-        ([str(tmp_path / "text.jsonl")], "line 1 is no trajectory's record"),
-        ([str(save(tmp_path / "list.jsonl", records[0], [1]))], "line 2 is no trajectory's record"),
+        ([str(tmp_path / "binary.jsonl")], "line 1 is no trajectory"),
+        ([str(tmp_path / "text.jsonl")], "line 1 is no trajectory"),
+        ([str(save(tmp_path / "list.jsonl", records[0], [1]))], "line 2 is no trajectory"),
         ([str(save(tmp_path / "other.jsonl", records[0], {"task": {}}))], "lacks 'advantage'"),
         ([good, "--index", "3"], "holds the records 0 to 2"),
         ([good, "--index", "-1"], "holds the records 0 to 2"),
