@@ -69,6 +69,7 @@ def add_failures() -> None:
     from typing import Any
 
     from IPython import get_ipython
+    from IPython.core.magic import no_var_expand
 
     shell: Any = get_ipython()
 
@@ -114,8 +115,9 @@ def add_failures() -> None:
         if name:
             fail(name, message, lines)
 
+    @no_var_expand
     def stopped(line: str, cell: str) -> None:
-        """Does not run a cell that the sandbox refused, or had to end; the line says how that was."""
+        """Does not run a cell that the sandbox refused or had to end, or a query that failed; the line says why."""
         name, _, message = line.partition(": ")
         fail(name, message, [line])
 

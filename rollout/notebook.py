@@ -7,14 +7,15 @@ shown but what is printed. Code follows in cells of three kinds:
 
     succeeded          as the model wrote it
     failed             behind `%%forked`: it runs in a copy of the kernel and leaves nothing, as in the sandbox
-    refused or ended   behind `%%stopped` and the reason: it does not run, since it would hang or do harm
+    refused or ended   behind `%%stopped` and the reason: it does not run, since it would hang or do harm; so do all
+                       queries that failed
 
 The last two are tagged "raises-exception", so that a run goes on behind them. Not repeated are the order of sets
 (PYTHONHASHSEED is 0 in the sandbox), paths and limits, what code printed before it was ended, files that a failed cell
 wrote and, without `os.fork`, what it prints.
 
-A query is behind `%%sql`, which the first cell defines; its result is stored as the sandbox printed it, and is printed
-by pandas when it runs again.
+A query that succeeded is behind `%%sql`, which the first cell defines; its result is stored as the sandbox printed it,
+and is printed by pandas when it runs again.
 
 What was written and not run (a void turn, a turn that was cut, code of the last turn) is a raw cell. Metadata under the
 key "groupwise" say of a cell who wrote it, in which turn, what the parser mended, how its execution went and what the
@@ -143,9 +144,12 @@ def _code_cell(code: str, execution: Mapping[str, Any], about: dict[str, Any], *
     verdict, printed, report = execution["verdict"], execution["output"], ""
     magic = "%%sql\n" if is_sql else ""
     if not execution["ok"]:
-        # A query prints nothing before it fails, and leaves nothing in any case.
-        printed, report = ("", printed.rstrip()) if is_sql else _split(printed, verdict)
-        magic = (magic or "%%forked\n") if verdict == "error" else f"%%stopped {report}\n"
+        if is_sql and verdict == "error":
+            printed, report = "", f"SqlError: {' '.join(printed.split())}"
+        else:
+            printed, report = _split(printed, verdict)
+        # No kernel has the sandbox's limits: a query may have been refused, or stopped.
+        magic = "%%forked\n" if verdict == "error" and not is_sql else f"%%stopped {report}\n"
     cell = _cell("code", f"{magic}{code}", {**about, "verdict": verdict, "wall_s": execution["wall_s"]})
     if printed:
         cell.outputs.append(v4.new_output("stream", name="stdout", text=printed))
