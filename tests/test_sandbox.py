@@ -3,11 +3,13 @@
 import gc
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from attacks import DEAF_CHILD, DOUBLE_FORK, FORKS_UNTIL_IT_CANNOT
 from sandboxes import LIMITS, attack, left_behind
@@ -72,7 +74,8 @@ def test_an_error_is_a_short_traceback(sandbox: Sandbox, code: str, output: str)
 
 def test_success_is_the_exit_status(sandbox: Sandbox) -> None:
     assert sandbox.run("import sys\nprint('w', file=sys.stderr)\nsys.exit(0)").ok
-    assert not sandbox.run("raise SystemExit('stop here')").ok
+    stopped = sandbox.run("print('first')\nraise SystemExit('second')")
+    assert (stopped.ok, stopped.output) == (False, "first\nsecond\n")
     assert sandbox.run("").ok
 
 
@@ -86,6 +89,22 @@ def test_names_with_blanks_quotes_and_unicode(sandbox: Sandbox, tmp_path: Path) 
     path = tmp_path / 'o\'b "q" é表.csv'
     path.write_text("a\n5\n")
     assert sandbox.run(f"print(open({path.name!r}).read())", [str(path)]).output == "a\n5\n\n"
+
+
+def test_workbooks_and_databases_are_read_and_not_written(sandbox: Sandbox, tmp_path: Path) -> None:
+    book, database = tmp_path / "my 'book'.xlsx", tmp_path / "données.sqlite"
+    pd.DataFrame({"a": [1, 2, 3]}).to_excel(book, index=False)
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE t AS SELECT 4 AS a")
+    connection.close()
+    before = [path.read_bytes() for path in (book, database)]
+    files = [str(book), str(database)]
+    assert sandbox.run(f"import pandas as pd\nprint(pd.read_excel({book.name!r})['a'].sum())", files).output == "6\n"
+    opened = f"import sqlite3\nc = sqlite3.connect({database.name!r})\n"
+    assert sandbox.run(opened + "print(c.execute('SELECT a FROM t').fetchone())", files).output == "(4,)\n"
+    assert "readonly" in sandbox.run(opened + "c.execute('DELETE FROM t')", files).output
+    assert not sandbox.run(f"import pandas as pd\npd.DataFrame().to_excel({book.name!r})", files).ok
+    assert [path.read_bytes() for path in (book, database)] == before
 
 
 def test_large_files_are_seen_without_a_copy(sandbox: Sandbox, tmp_path: Path) -> None:

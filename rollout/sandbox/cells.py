@@ -72,6 +72,7 @@ class Cells:
         except SystemExit as leaving:
             status = DONE if leaving.code in (None, 0) else FAILED
             if isinstance(leaving.code, str):
+                _flush()
                 say(leaving.code + "\n")
         except MemoryError:
             _flush()

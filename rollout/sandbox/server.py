@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import mimetypes
 import os
 import resource
 import selectors
@@ -149,6 +150,7 @@ def send(channel: socket.socket, data: bytes) -> None:
 def warm_up() -> None:
     """Imports what code uses most and touches what a small chunk needs, so that no execution pays for a first time."""
     warnings.simplefilter("ignore")
+    mimetypes.init()  # reads files that executions may not, as libraries for .xlsx would
     import matplotlib.pyplot as plt
     import numpy as np
     import pandas as pd
