@@ -273,23 +273,24 @@ def compiled(case: Case, target: str) -> Any:
 def measure(case: Case, target: str) -> Usage:
     """Compile ``case`` for ``target`` and read from the binary what it takes."""
     binary = compiled(case, target)
+    assembly = assembly_of(binary)
     if target == "gfx942":
-        assembly = binary.asm["amdgcn"]
         fields = (".vgpr_count", ".private_segment_fixed_size", ".sgpr_spill_count", ".vgpr_spill_count")
         registers, stack, *spilled = (int(re.findall(rf"{re.escape(f)}:\s*(\d+)", assembly)[0]) for f in fields)
         spills = sum(spilled)
     else:
-        assembly = _disassembled(binary.asm["cubin"])
         registers, stack = (int(re.findall(rf"{field}:(\d+)", assembly)[0]) for field in ("REG", "STACK"))
         spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
     matrix, bulk_loads = (len(re.findall(rf"\b{name}", assembly)) for name in (MATRIX[target], "UTMALDG"))
     return Usage(registers, stack, binary.metadata.shared, spills, matrix, bulk_loads)
 
 
-def _disassembled(cubin: bytes) -> str:
-    """The use of resources and the instructions, as Triton's own copy of NVIDIA's tool tells them."""
+def assembly_of(binary: Any) -> str:
+    """What a compiled kernel takes and its instructions; of NVIDIA's as Triton's own copy of their tool tells it."""
+    if "amdgcn" in binary.asm:
+        return binary.asm["amdgcn"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
         command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

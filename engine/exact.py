@@ -129,6 +129,6 @@ def _try_cache(model: Model) -> None:
     stored = write_rotated(q.clone(), k.clone(), v, cos, sin, k_cache, v_cache, slots), k_cache[0], v_cache[0]
     if not all(map(torch.equal, stored, (*apply_rotary(q, k, cos, sin), v))):
         raise UserError(
-            f"rotation of heads of {q.shape[2]} into a cache gives other bits than by itself, so this machine allows no "
-            "exact mode; turn it off"
+            f"rotation of heads of {q.shape[2]} into a cache gives other bits than by itself, so this machine allows "
+            "no exact mode; turn it off"
         )
