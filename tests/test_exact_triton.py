@@ -35,12 +35,16 @@ def _dot(self: Any, a: Any, b: Any, acc: Any, *precision: Any) -> Any:
     return type(acc)(total, acc.dtype.scalar)
 
 
-@contextmanager
-def exact_forms(device: str = "cpu") -> Iterator[None]:
-    """The mode's forms; products in the interpreter are summed in the order of the kernel."""
+def in_order() -> Any:
+    """Products in the interpreter are summed in the order of the kernel."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    with mock.patch.object(InterpreterBuilder, "create_dot", _dot), dispatch.exact_forms(device):
+    return mock.patch.object(InterpreterBuilder, "create_dot", _dot)
+
+
+@contextmanager
+def exact_forms(device: str = "cpu") -> Iterator[None]:
+    with in_order(), dispatch.exact_forms(device):
         yield
 
 
@@ -176,7 +180,7 @@ def few_rows() -> Iterator[None]:
 
 def check_sampler_and_trainer() -> None:
     model = exact_model()
-    with exact_forms(), few_rows():
+    with in_order(), few_rows():
         examples, _ = sample(model, (3, 12), 2, tokens=2, seen_tokens=4)
         gap = differences(model, examples)
         assert len(gap) >= 2 * 2 * TURNS
@@ -185,7 +189,7 @@ def check_sampler_and_trainer() -> None:
 
 def check_what_breaks_it() -> None:
     model = exact_model()
-    with exact_forms(), few_rows():
+    with in_order(), few_rows():
         with mock.patch("groupwise.engine.exact.linear", lambda x, weight, bias: x @ weight.t() * len(x)):
             refusal(model, "a linear map from 48 to 8 gives a row other bits among 8 rows")
         with mock.patch("groupwise.engine.exact.exact_paged_attention", lambda q, *others: q):
