@@ -24,7 +24,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from groupwise.bench import common
-from groupwise.kernels import clamped_delta, decode, logprob, norm, pages, prefill, rotary, sampling, segments, swiglu
+from groupwise.kernels import (
+    clamped_delta,
+    decode,
+    exact_attention,
+    logprob,
+    norm,
+    pages,
+    prefill,
+    product,
+    rotary,
+    sampling,
+    segments,
+    swiglu,
+)
 from groupwise.kernels.tiles import tiles
 
 TARGETS = {
@@ -42,19 +55,20 @@ ELEMENTS = {
     *("q", "k", "cos", "sin", "q_out", "k_out", "k_cache", "v_cache"),
     *("gate", "up", "out", "d_out", "d_gate", "d_up"),
     *("v", "d_q", "d_k", "d_v"),
-    "logits",
+    *("logits", "bias"),
 }
 INDICES = {
     **dict.fromkeys(("targets", "slots", "keys", "positions", "tokens"), "i64"),
     **dict.fromkeys(("counter", "bounds", "prefix", "top_k", "part_token"), "i32"),
     **dict.fromkeys(("block_tables", "context_lens", "work_count", "items", "pieces"), "i32"),
 }
-INTEGERS = re.compile("num_.*|max_.*|column_.*|.*_stride")
+INTEGERS = re.compile("num_.*|max_.*|column_.*|.*_stride|block_size")
 FLOATS = {"scale", "low_bound", "high_bound", "dual_bound", "beta", "delta_max", "eps"}
 UNALIGNED = {
     *("num_tokens", "num_row_tiles", "num_column_tiles", "num_slices", "num_group_tiles"),
     *("num_blocks", "num_rows", "num_query_heads", "num_key_heads"),
     *("max_blocks", "max_pieces", "context_lens", "work_count", "items", "pieces"),
+    *("num_prefixes", "block_size"),
 }
 
 
@@ -102,6 +116,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from _swiglu()
     yield from _segments(target)
     yield from _pages(target)
+    yield from _exact(target)
     yield from _sampling()
 
 
@@ -112,13 +127,7 @@ def _logprob(target: str) -> Iterator[Case]:
         ("gradient", False): logprob._logit_gradient_kernel,
         ("entropy gradient", True): logprob._logit_gradient_kernel,
     }
-    # On sm_90 by descriptors; what those cannot load, and all float32, with the settings of sm_80.
-    ways = (
-        [("bf16", "sm_80"), ("fp32", "sm_80"), ("bf16", "sm_90")]
-        if target == "sm_90"
-        else [("bf16", target), ("fp32", target)]
-    )
-    for dtype, architecture in ways:
+    for dtype, architecture in _ways(target):
         for (kind, entropy), kernel in kernels.items():
             tile = tiles(kind, DTYPES[dtype], architecture)
             descriptors = architecture == "sm_90"
@@ -131,6 +140,16 @@ def _logprob(target: str) -> Iterator[Case]:
             yield Case(f"logprob {kind}", kernel, dtype, constants, options, dtype == "bf16", blocks)
     for entropy in (False, True):
         yield Case("logprob join", logprob._join_kernel, "fp32", {"ENTROPY": entropy, "ROWS": 128}, {"num_warps": 4})
+
+
+def _ways(target: str) -> list[tuple[str, str]]:
+    """Dtypes of products, and whose tiles they take.
+
+    On sm_90 by descriptors; what those cannot load, and all float32, with the settings of sm_80.
+    """
+    if target == "sm_90":
+        return [("bf16", "sm_80"), ("fp32", "sm_80"), ("bf16", "sm_90")]
+    return [("bf16", target), ("fp32", target)]
 
 
 def _clamped_delta(target: str) -> Iterator[Case]:
@@ -200,6 +219,26 @@ def _pages(target: str) -> Iterator[Case]:
         yield Case("paged join", decode.join_kernel, dtype, constants, {"num_warps": 4})
 
 
+def _exact(target: str) -> Iterator[Case]:
+    """The linear map with its two tiles, and attention of the heads of common models."""
+    for dtype, architecture in _ways(target):
+        for rows in ("few rows", "many rows"):
+            tile = tiles(rows, DTYPES[dtype], architecture)
+            descriptors = architecture == "sm_90"
+            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "HAS_BIAS": True}
+            constants["DESCRIPTORS"] = descriptors
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            blocks = {"x": [tile.rows, tile.depth], "weight": [tile.columns, tile.depth]} if descriptors else {}
+            yield Case(
+                f"exact product {rows}", product.product_kernel, dtype, constants, options, dtype == "bf16", blocks
+            )
+    for dtype, size, group in (("bf16", 64, 7), ("bf16", 128, 6), ("bf16", 128, 7), ("bf16", 256, 4), ("fp32", 64, 7)):
+        tile = exact_attention.tiles(DTYPES[dtype], size, target)
+        constants = {"GROUP": group, "SIZE": size, "WIDTH": size, "ROWS": tile.rows, "CHUNK": tile.columns}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield Case("exact attention", exact_attention.exact_kernel, dtype, constants, options, dtype == "bf16")
+
+
 def _sampling() -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
         slices = {"SLICE": sampling.SLICE}
@@ -234,23 +273,24 @@ def compiled(case: Case, target: str) -> Any:
 def measure(case: Case, target: str) -> Usage:
     """Compile ``case`` for ``target`` and read from the binary what it takes."""
     binary = compiled(case, target)
+    assembly = assembly_of(binary)
     if target == "gfx942":
-        assembly = binary.asm["amdgcn"]
         fields = (".vgpr_count", ".private_segment_fixed_size", ".sgpr_spill_count", ".vgpr_spill_count")
         registers, stack, *spilled = (int(re.findall(rf"{re.escape(f)}:\s*(\d+)", assembly)[0]) for f in fields)
         spills = sum(spilled)
     else:
-        assembly = _disassembled(binary.asm["cubin"])
         registers, stack = (int(re.findall(rf"{field}:(\d+)", assembly)[0]) for field in ("REG", "STACK"))
         spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
     matrix, bulk_loads = (len(re.findall(rf"\b{name}", assembly)) for name in (MATRIX[target], "UTMALDG"))
     return Usage(registers, stack, binary.metadata.shared, spills, matrix, bulk_loads)
 
 
-def _disassembled(cubin: bytes) -> str:
-    """The use of resources and the instructions, as Triton's own copy of NVIDIA's tool tells them."""
+def assembly_of(binary: Any) -> str:
+    """What a compiled kernel takes and its instructions; of NVIDIA's as Triton's own copy of their tool tells it."""
+    if "amdgcn" in binary.asm:
+        return binary.asm["amdgcn"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
         command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -212,7 +212,7 @@ class RolloutConfig:
         "0.25", "memory of the KV cache on a rank: GiB, or a share of the device's such as 40%", changeable=True
     )
     exact: bool = setting(
-        False, "log-probabilities of sampler and trainer equal to the last bit; float32 on a CPU, slower"
+        False, "log-probabilities of sampler and trainer equal to the last bit, slower; on a CPU in float32 only"
     )
     concurrency: int = setting(0, "sequences that decode together; 0: all that fit", minimum=0, changeable=True)
     max_turns: int = setting(10, "model turns of a trajectory", minimum=1)

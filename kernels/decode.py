@@ -192,20 +192,18 @@ class DecodePlan:
         Raises:
             ValueError: more rows or blocks than the plan was made for, or a length that its table has no blocks for.
         """
-        self._check(tables, lengths)
+        check_step(self.block_tables, self._block_size, tables, lengths)
         work = work_list(tables, lengths, self._block_size, self._edges, self._rows_together)
         self._least, self._limits = work.least, work.limits
         num_rows = len(self.block_tables)
         count = 1 + 2 * num_rows
-        lists = self._staged(count + work.items.size)
-        numbers = lists.numpy()
-        numbers[:count] = 0
-        numbers[0] = len(work.items)
-        numbers[1 : 1 + len(lengths)] = lengths
-        numbers[1 + num_rows :][: len(lengths)] = work.pieces
-        numbers[count:] = work.items.ravel()
-        self._lists[: len(lists)].copy_(lists, non_blocking=True)
-        self._copy_tables(tables)
+        lists = np.zeros(count + work.items.size, np.int64)
+        lists[0] = len(work.items)
+        lists[1 : 1 + len(lengths)] = lengths
+        lists[1 + num_rows :][: len(lengths)] = work.pieces
+        lists[count:] = work.items.ravel()
+        send(self._lists, lists)
+        send(self.block_tables, tables)
 
     def update(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
         """The same rows some tokens later: their lengths, and new blocks at the ends of their tables.
@@ -214,11 +212,9 @@ class DecodePlan:
         """
         if not self.covers(lengths):
             return self.set(tables, lengths)
-        self._check(tables, lengths)
-        lists = self._staged(len(lengths))
-        lists.numpy()[:] = lengths
-        self.context_lens[: len(lengths)].copy_(lists, non_blocking=True)
-        self._copy_tables(tables)
+        check_step(self.block_tables, self._block_size, tables, lengths)
+        send(self.context_lens, lengths)
+        send(self.block_tables, tables)
 
     def covers(self, lengths: NDArray[np.int64]) -> bool:
         """Whether the work that was set serves the same rows at these lengths.
@@ -273,24 +269,25 @@ class DecodePlan:
         )  # fmt: skip
         return out
 
-    def _check(self, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
-        num_rows, max_blocks = self.block_tables.shape
-        if not (0 < len(tables) == len(lengths) <= num_rows and tables.shape[1] <= max_blocks):
-            raise ValueError(
-                f"decode: tables of shape {list(tables.shape)} and {len(lengths)} lengths; expected one each for 1 to "
-                f"{num_rows} rows of at most {max_blocks} blocks"
-            )
-        if not 1 <= lengths.min() <= lengths.max() <= tables.shape[1] * self._block_size:
-            raise ValueError(
-                f"decode: lengths from {lengths.min()} to {lengths.max()}; expected 1 to the "
-                f"{tables.shape[1] * self._block_size} tokens of {tables.shape[1]} blocks"
-            )
 
-    def _staged(self, *shape: int) -> Tensor:
-        # Memory that the allocator does not hand out again before a copy from it is done.
-        return torch.empty(shape, dtype=torch.int32, pin_memory=self.block_tables.is_cuda)
+def check_step(block_tables: Tensor, block_size: int, tables: NDArray[np.int32], lengths: NDArray[np.int64]) -> None:
+    """Raise ValueError for more rows or blocks than ``block_tables`` has, or a length that needs more blocks."""
+    num_rows, max_blocks = block_tables.shape
+    if not (0 < len(tables) == len(lengths) <= num_rows and tables.shape[1] <= max_blocks):
+        raise ValueError(
+            f"decode: tables of shape {list(tables.shape)} and {len(lengths)} lengths; expected one each for 1 to "
+            f"{num_rows} rows of at most {max_blocks} blocks"
+        )
+    if not 1 <= lengths.min() <= lengths.max() <= tables.shape[1] * block_size:
+        raise ValueError(
+            f"decode: lengths from {lengths.min()} to {lengths.max()}; expected 1 to the "
+            f"{tables.shape[1] * block_size} tokens of {tables.shape[1]} blocks"
+        )
 
-    def _copy_tables(self, tables: NDArray[np.int32]) -> None:
-        staged = self._staged(*tables.shape)
-        staged.numpy()[:] = tables
-        self.block_tables[: tables.shape[0], : tables.shape[1]].copy_(staged, non_blocking=True)
+
+def send(target: Tensor, numbers: NDArray[np.integer]) -> None:
+    """Writes to the beginning of ``target`` in each dimension, int32; the host does not wait for the device."""
+    # Memory that the allocator does not hand out again before a copy from it is done.
+    staged = torch.empty(numbers.shape, dtype=torch.int32, pin_memory=target.is_cuda)
+    staged.numpy()[:] = numbers
+    target[tuple(slice(size) for size in numbers.shape)].copy_(staged, non_blocking=True)

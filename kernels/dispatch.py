@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,10 +22,11 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = None
 
-# What can serve each operation, the best first; the last serves every device. "exact" must be asked for.
+# What can serve each operation, the best first. What stands behind "torch" and "sdpa", which serve every device, must
+# be asked for: see force_exact.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("grouped_logprob", "clamped_delta_loss", "rms_norm", "rotary", "swiglu"), ("triton", "eager")),
-    "linear": ("onednn", "torch"),
+    "linear": ("onednn", "torch", "triton"),
     "sample_tokens": ("triton", "eager"),
     "packed_attention": ("flash-attn", "varlen", "xformers", "triton", "sdpa", "exact"),
     "paged_attention": ("triton", "flash-attn", "xformers", "eager"),
@@ -36,9 +38,12 @@ MAX_HEAD_SIZE = 256
 _forced: dict[tuple[str, str], str] = {}
 
 
-def jit(function: Callable[..., None]) -> Any:
-    """``triton.jit`` where Triton is installed; the function itself elsewhere, where nothing launches it."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., None], unspecialised: Sequence[str] = ()) -> Any:
+    """``triton.jit`` where Triton is installed; the function itself elsewhere, where nothing launches it.
+
+    Of the values of ``unspecialised`` arguments the code knows nothing, so that there is one binary for all.
+    """
+    return function if triton is None else triton.jit(function, do_not_specialize=unspecialised)
 
 
 @cache
@@ -83,6 +88,29 @@ def force(op: str, name: str, device_type: str | None = None) -> None:
     _forced[device_type, op] = name
 
 
+def force_exact(device_type: str | None = None) -> None:
+    """Serve linear maps and packed attention by the forms of the exact mode; as :func:`force`.
+
+    On a CPU the usual linear map is one, by oneDNN.
+    """
+    device_type = device_type or _default_device()
+    force("packed_attention", "exact", device_type)
+    if "triton" in available(device_type, "linear"):
+        force("linear", "triton", device_type)
+
+
+@contextmanager
+def exact_forms(device_type: str) -> Iterator[None]:
+    """:func:`force_exact` for a while."""
+    before = dict(_forced)
+    force_exact(device_type)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 def packed_attention_by(device_type: str, dtype: torch.dtype, head_size: int, shared: bool) -> str:
     """Name what serves packed attention of such heads, with prefixes if ``shared``.
 
@@ -95,8 +123,15 @@ def packed_attention_by(device_type: str, dtype: torch.dtype, head_size: int, sh
     can |= {"triton": _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE, "sdpa": True}
     asked = implementation(device_type, "packed_attention")
     if asked == "exact":
-        return "exact" if dtype == torch.float32 else "sdpa"
+        return "exact" if exact_attention_by(device_type, dtype, head_size) else "sdpa"
     return next(name for name in names[names.index(asked) :] if can[name])
+
+
+def exact_attention_by(device_type: str, dtype: torch.dtype, head_size: int) -> str:
+    """Name what serves attention of the exact mode: "triton" where it runs, "eager" for float32 on a CPU, else ""."""
+    if "triton" in available(device_type, "linear"):
+        return "triton" if _triton_takes(device_type, dtype) and head_size <= MAX_HEAD_SIZE else ""
+    return "eager" if device_type == "cpu" and dtype == torch.float32 else ""
 
 
 def paged_attention_by(device_type: str, dtype: torch.dtype, head_size: int, block_size: int) -> str:
@@ -156,7 +191,7 @@ def _default_device() -> str:
 def _runs_on(device_type: str, name: str) -> bool:
     if name == "triton":
         return device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    if name in ("onednn", "exact"):
+    if name == "onednn":
         return device_type == "cpu"
     if name == "varlen":
         return device_type == "cuda" and torch.version.hip is None

@@ -4,7 +4,7 @@ Shapes: T rows, K inputs, N outputs.
 
 On a CPU, float32 goes through oneDNN's product, which PyTorch's compiler calls where ``F.linear`` calls MKL: on a
 processor of AMD it takes half the time. It reads a transposed matrix where it lies, so both gradients are products of
-views.
+views. In the exact mode Triton computes it (``product.py``), and the gradients are as they usually are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_alike
-from .dispatch import onednn_serves
+from .dispatch import onednn_serves, triton_serves
+from .product import exact_product
 
 # Multiples of the rows that oneDNN is given: of many, of a few hundred, and of few.
 ROWS, SOME_ROWS, FEW_ROWS = 256, 64, 8
@@ -26,7 +27,7 @@ ROWS, SOME_ROWS, FEW_ROWS = 256, 64, 8
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; differentiable in all three.
 
-    By oneDNN a row's result is the same to the bit among any number of others, at any place.
+    By oneDNN and by Triton a row's result is the same to the bit among any number of others, at any place.
 
     Args:
         x: [T,K] floating point.
@@ -40,8 +41,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     _check(x, weight, bias)
+    exact = triton_serves("linear", x)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return _Linear.apply(x, weight, bias) if learns and onednn_serves(x) else product(x, weight, bias)
+    if learns and (exact or onednn_serves(x)):
+        return _Linear.apply(x, weight, bias, exact)
+    return exact_product(x, weight, bias) if exact else product(x, weight, bias)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K], [N,K], [N] -> [T,N]
@@ -65,20 +69,21 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return exact_product(x, weight, bias) if exact else product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         d_out = d_out.contiguous()  # a sum's gradient is one number, expanded
         return (
             product(d_out, weight.t()) if need_x else None,
             transposed_product(d_out, x).contiguous() if need_weight else None,
             d_out.sum(0) if need_bias else None,
+            None,
         )
 
 

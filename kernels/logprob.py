@@ -11,65 +11,21 @@ nothing is added atomically: a result is the same to the bit in every run.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import TensorDescriptor, architecture_of, jit, tl, triton, triton_serves
+from .dispatch import jit, tl, triton, triton_serves
 from .eager_logprob import IGNORE, rows_with_gradient, spread_rows
-from .tiles import tiles
+from .product import make_plan, place, product_tile
 
 # Columns of a forward slice. Partial results take 16 bytes a token and slice: 4.9 MB at T 8,192 and V 152,064.
 SLICE_COLUMNS = 4096
 # Columns of logits whose gradient exists at one time: 64 MiB in bf16 at T 8,192.
 CHUNK_COLUMNS = 4096
-# Bytes of hidden rows that programs side by side share: half of the 50 MB of an H200's second-level cache. All slices
-# of the weight pass one such group of rows, then the next. At T 8,192, H 3,584 and V 152,064 three groups read the
-# weight (1.09 GB) three times: 0.8 ms of memory traffic beside 11.3 ms of arithmetic. Without groups 132 programs would
-# hold 2 slices and all rows (58.7 MB, more than the cache keeps) and read them again in each of 297 steps: 17 GB, 4 ms.
-CACHED_ROW_BYTES = 24 << 20
-
-
-@jit
-def _place(num_row_tiles, num_columns, num_group_tiles):  # type: ignore[no-untyped-def]
-    """This program's row tile and its slice (or tile) of the columns; see CACHED_ROW_BYTES for their order."""
-    program = tl.program_id(0)
-    num_group_programs = num_group_tiles * num_columns
-    first = program // num_group_programs * num_group_tiles
-    size = tl.minimum(num_row_tiles - first, num_group_tiles)
-    inside = program % num_group_programs
-    return first + inside % size, inside // size
-
-
-@jit
-def _logits_tile(  # type: ignore[no-untyped-def]
-    hidden, weight, first_row, first_column, num_tokens, column_end, num_hidden, scale,
-    DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Scaled logits [ROWS, COLUMNS] in float32; rows and columns outside read as zero vectors."""
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if DESCRIPTORS:
-        for start in range(0, num_hidden, DEPTH):
-            a = hidden.load([first_row, start])
-            b = weight.load([first_column, start])
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
-    else:
-        rows = first_row + tl.arange(0, ROWS)
-        columns = first_column + tl.arange(0, COLUMNS)
-        depth = tl.arange(0, DEPTH)
-        hidden_at = hidden + rows.to(tl.int64)[:, None] * num_hidden + depth[None, :]
-        weight_at = weight + columns.to(tl.int64)[None, :] * num_hidden + depth[:, None]
-        row_in = (rows < num_tokens)[:, None]
-        column_in = (columns < column_end)[None, :]
-        for start in range(0, num_hidden, DEPTH):
-            inside = depth < num_hidden - start
-            a = tl.load(hidden_at + start, mask=row_in & inside[None, :], other=0.0)
-            b = tl.load(weight_at + start, mask=column_in & inside[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc * scale
 
 
 @jit
@@ -80,7 +36,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by one slice of the vocabulary -> its part of the sums, [S,T] each."""
-    row_tile, slice_id = _place(num_row_tiles, num_slices, num_group_tiles)
+    row_tile, slice_id = place(num_row_tiles, num_slices, num_group_tiles)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     begin = slice_id * SLICE
     end = tl.minimum(begin + SLICE, num_vocab)
@@ -92,10 +48,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     running_dot = tl.zeros([ROWS], dtype=tl.float32)
     target_logit = tl.zeros([ROWS], dtype=tl.float32)
     for first in range(begin, end, COLUMNS):
-        logits = _logits_tile(
-            hidden, weight, row_tile * ROWS, first, num_tokens, end, num_hidden, scale,
-            DESCRIPTORS, ROWS, COLUMNS, DEPTH,
-        )  # fmt: skip
+        logits = scale * product_tile(
+            hidden, weight, row_tile * ROWS, first, num_tokens, end, num_hidden, DESCRIPTORS, ROWS, COLUMNS, DEPTH
+        )
         columns = first + tl.arange(0, COLUMNS)
         is_target = columns[None, :] == target[:, None]
         target_logit += tl.sum(tl.where(is_target, logits, 0.0), axis=1)
@@ -165,13 +120,13 @@ def _logit_gradient_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Logits of a chunk of the vocabulary again -> their gradient x scale, [T,C] in the products' dtype."""
-    row_tile, column_tile = _place(num_row_tiles, num_column_tiles, num_group_tiles)
+    row_tile, column_tile = place(num_row_tiles, num_column_tiles, num_group_tiles)
     first_column = column_begin + column_tile * COLUMNS
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
     row_in = rows < num_tokens
-    logits = _logits_tile(
-        hidden, weight, row_tile * ROWS, first_column, num_tokens, column_end, num_hidden, scale,
+    logits = scale * product_tile(
+        hidden, weight, row_tile * ROWS, first_column, num_tokens, column_end, num_hidden,
         DESCRIPTORS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     target = tl.load(targets + rows, mask=row_in, other=-1)
@@ -187,39 +142,6 @@ def _logit_gradient_kernel(  # type: ignore[no-untyped-def]
     at = d_logits + rows.to(tl.int64)[:, None] * d_logits_stride + (columns - column_begin)[None, :]
     inside = row_in[:, None] & (columns < column_end)[None, :]
     tl.store(at, (gradient * scale).to(d_logits.dtype.element_ty), mask=inside)
-
-
-class _Plan(NamedTuple):
-    """How a kernel reads hidden rows and weight, and in what order its programs run."""
-
-    hidden: Any  # the tensor, or its descriptor
-    weight: Any
-    num_row_tiles: int
-    num_group_tiles: int
-    num_columns: int  # of a tile
-    options: dict[str, int]
-
-
-def _plan(kernel: str, hidden: Tensor, weight: Tensor) -> _Plan:
-    architecture = architecture_of(hidden.device)
-    descriptors = by_descriptors(hidden, weight, architecture)
-    tile = tiles(kernel, hidden.dtype, "sm_80" if architecture == "sm_90" and not descriptors else architecture)
-    options = dict(zip(("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages"), tile, strict=True))
-    a: Any = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]) if descriptors else hidden
-    b: Any = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if descriptors else weight
-    num_row_tiles = triton.cdiv(len(hidden), tile.rows)
-    num_groups = triton.cdiv(hidden.numel() * hidden.element_size(), CACHED_ROW_BYTES)
-    num_group_tiles = triton.cdiv(num_row_tiles, num_groups)
-    return _Plan(a, b, num_row_tiles, num_group_tiles, tile.columns, options | {"DESCRIPTORS": descriptors})
-
-
-def by_descriptors(hidden: Tensor, weight: Tensor, architecture: str) -> bool:
-    """Whether descriptors bring tiles whole (Hopper's tensor memory accelerator), or pointers piece by piece.
-
-    Descriptors need addresses and rows at multiples of 16 bytes. The interpreter knows both ways.
-    """
-    aligned = all(x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0 for x in (hidden, weight))
-    return aligned and (architecture == "cpu" or (architecture == "sm_90" and hidden.dtype != torch.float32))
 
 
 def _forward(
@@ -238,9 +160,9 @@ def _forward(
     parts = torch.empty(4 if entropy else 3, num_slices, num_tokens, dtype=torch.float32, device=device)
     part_max, part_sum, part_target = parts[:3]
     part_dot = parts[-1]
-    plan = _plan("forward", hidden, weight)
+    plan = make_plan("forward", hidden, weight)
     _forward_kernel[(plan.num_row_tiles * num_slices,)](
-        plan.hidden, plan.weight, targets, part_max, part_sum, part_dot, part_target,
+        plan.x, plan.weight, targets, part_max, part_sum, part_dot, part_target,
         num_tokens, num_vocab, num_hidden, plan.num_row_tiles, num_slices, plan.num_group_tiles, 1.0 / temperature,
         SLICE=SLICE_COLUMNS, ENTROPY=entropy, IGNORED=IGNORE, **plan.options,
     )  # fmt: skip
@@ -263,13 +185,13 @@ def _backward(
     targets, log_sum, entropies, d_logprob, d_entropy = per_row
     num_tokens, num_hidden = hidden.shape
     num_vocab = weight.shape[0]
-    plan = _plan("gradient" if d_entropy is None else "entropy gradient", hidden, weight)
+    plan = make_plan("gradient" if d_entropy is None else "entropy gradient", hidden, weight)
     chunk = hidden.new_empty(num_tokens, min(CHUNK_COLUMNS, num_vocab))
     for begin in range(0, num_vocab, CHUNK_COLUMNS):
         end = min(begin + CHUNK_COLUMNS, num_vocab)
         num_column_tiles = triton.cdiv(end - begin, plan.num_columns)
         _logit_gradient_kernel[(plan.num_row_tiles * num_column_tiles,)](
-            plan.hidden, plan.weight, targets, log_sum, log_sum if entropies is None else entropies, d_logprob,
+            plan.x, plan.weight, targets, log_sum, log_sum if entropies is None else entropies, d_logprob,
             d_logprob if d_entropy is None else d_entropy, chunk,
             num_tokens, begin, end, num_hidden, plan.num_row_tiles, num_column_tiles, plan.num_group_tiles,
             1.0 / temperature, chunk.stride(0), ENTROPY=d_entropy is not None, **plan.options,
@@ -346,6 +268,7 @@ def grouped_logprob(
     temperature: float = 1.0,
     entropy: bool = False,
     main_grad: Tensor | None = None,
+    known_targets: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target under softmax(hidden @ weight.T / temperature), without a [T,V] tensor.
 
@@ -359,6 +282,7 @@ def grouped_logprob(
         entropy: also return the entropy of each row's distribution, in nats.
         main_grad: [V,H] float32, as Megatron-LM names it: the backward pass adds the gradient of weight to it, summed
             in float32, and weight itself gets none. So it is not rounded for each micro-batch, nor held twice.
+        known_targets: none is out of range; the host need not wait for the device to tell.
 
     Returns:
         (logprob [T], entropy [T] or None), float32.
@@ -368,6 +292,8 @@ def grouped_logprob(
             not a positive number.
     """
     _check(hidden, weight, targets, temperature, main_grad)
+    if not known_targets:
+        _check_range(targets, weight.shape[0])
     if triton_serves("grouped_logprob", hidden):
         return GroupedLogprob.apply(
             hidden.contiguous(), weight.contiguous(), targets.contiguous(), temperature, entropy, main_grad
@@ -410,13 +336,16 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
         )
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"grouped_logprob: temperature is {temperature}; expected a positive number")
+
+
+def _check_range(targets: Tensor, num_vocab: int) -> None:
     # A graph being captured cannot be asked for a value.
     if targets.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    wrong = (targets != IGNORE) & ((targets < 0) | (targets >= weight.shape[0]))
+    wrong = (targets != IGNORE) & ((targets < 0) | (targets >= num_vocab))
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(
             f"grouped_logprob: target {int(targets[at])} of row {at} is outside the vocabulary; expected 0 to "
-            f"{weight.shape[0] - 1}, or {IGNORE} for a row to ignore"
+            f"{num_vocab - 1}, or {IGNORE} for a row to ignore"
         )

@@ -271,6 +271,14 @@ def _launch(
     )  # fmt: skip
 
 
+def check_size(q: Tensor) -> None:
+    """Raise ValueError where places in q are beyond 32 bits."""
+    if q.numel() >= 2**31:
+        raise ValueError(
+            f"packed_attention: q has {q.numel()} elements and Triton's form takes fewer than 2**31; pack fewer tokens"
+        )
+
+
 class SegmentAttention(torch.autograd.Function):
     """The Triton form of ``packed_attention``; all tensors contiguous."""
 
@@ -278,11 +286,7 @@ class SegmentAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, prefix: Tensor | None
     ) -> Tensor:
-        if q.numel() >= 2**31:
-            raise ValueError(
-                f"packed_attention: q has {q.numel()} elements and Triton's form takes fewer than 2**31; "
-                "pack fewer tokens"
-            )
+        check_size(q)
         out = torch.empty_like(q)
         log_sum = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         _launch("forward", (cu_seqlens, max_seqlen, prefix), q, k, v, out, log_sum)

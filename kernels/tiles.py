@@ -1,4 +1,8 @@
-"""Sizes of the tiles of the log-probability's kernels, by architecture and dtype, never by the number of tokens."""
+"""Sizes of the tiles of products, by kernel, architecture and dtype.
+
+The log-probability's never go by the number of rows. The exact linear map's do, and so "few rows" and "many rows" have
+one depth, and on each architecture instructions that sum as many inputs.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,21 @@ TILES = {
     ("forward", "gfx942"): Tiles(128, 128, 64, 8, 2),
     ("gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
     ("entropy gradient", "gfx942"): Tiles(128, 128, 64, 8, 2),
+    ("few rows", "sm_90"): Tiles(64, 32, 64, 4, 6),
+    ("many rows", "sm_90"): Tiles(128, 256, 64, 8, 3),
+    ("few rows", "sm_80"): Tiles(64, 32, 64, 4, 4),
+    ("many rows", "sm_80"): Tiles(128, 128, 64, 8, 3),
+    ("few rows", "gfx942"): Tiles(64, 32, 64, 4, 2),
+    ("many rows", "gfx942"): Tiles(128, 128, 64, 8, 2),
 }
 # Multiplied without tensor cores.
 FLOAT32_TILES = Tiles(64, 64, 16, 8, 2)
-# The interpreter's time goes by operations, not by elements.
-INTERPRETER_TILES = Tiles(32, 512, 64, 4, 1)
+# The interpreter's time goes by operations, not by elements; the exact linear map has more than one tile in its tests.
+INTERPRETER_TILES = {
+    **dict.fromkeys(("forward", "gradient", "entropy gradient"), Tiles(32, 512, 64, 4, 1)),
+    "few rows": Tiles(64, 128, 64, 4, 1),
+    "many rows": Tiles(128, 256, 64, 4, 1),
+}
 
 
 def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
@@ -42,5 +56,5 @@ def tiles(kernel: str, dtype: torch.dtype, architecture: str) -> Tiles:
     Those of "sm_90" load by descriptors; "sm_80" is also what lies between, and what a later device cannot load so.
     """
     if architecture == "cpu":
-        return INTERPRETER_TILES
+        return INTERPRETER_TILES[kernel]
     return FLOAT32_TILES if dtype == torch.float32 else TILES[kernel, architecture]

@@ -157,7 +157,10 @@ def _choose_attention(config: Config, mesh: Mesh) -> None:
     if exact and name != "auto":
         raise UserError(f"run.attention is {name!r} and rollout.exact takes its own attention; leave one of them out")
     try:
-        dispatch.force("packed_attention", "exact" if exact else name, mesh.device.type)
+        if exact:
+            dispatch.force_exact(mesh.device.type)
+        else:
+            dispatch.force("packed_attention", name, mesh.device.type)
     except ValueError as error:
         raise UserError(f"{'rollout.exact' if exact else f'run.attention is {name!r}'}: {error}") from error
 

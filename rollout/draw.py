@@ -64,7 +64,7 @@ class Draws(NamedTuple):
 
     keys: NDArray[np.int64]
     positions: NDArray[np.int64]
-    temperature: NDArray[np.float32]
+    temperature: NDArray[np.float64]  # as the trainer divides by it; drawn by in float32
     top_k: NDArray[np.int32]
     top_p: NDArray[np.float32]
     min_p: NDArray[np.float32]

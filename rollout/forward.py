@@ -6,6 +6,7 @@ Legend: N sequences, T tokens, H hidden, V vocabulary, Hq query heads, Hkv key/v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from ..engine.model import Attention, Model
 from ..kernels.attention import packed_attention
 from ..kernels.cascade import CascadeDecode
 from ..kernels.decode import DecodePlan
-from ..kernels.dispatch import paged_attention_by
-from ..kernels.exact_attention import exact_paged_attention
+from ..kernels.dispatch import exact_attention_by, exact_forms, paged_attention_by
+from ..kernels.exact_attention import ExactDecode, exact_paged_attention
 from ..kernels.linear import linear
 from ..kernels.logprob import grouped_logprob
 from ..kernels.paged_attention import paged_attention
@@ -27,7 +28,7 @@ from ..kernels.rotary import apply_rotary, write_rotated
 from ..kernels.sampling import Drawn, sample_tokens
 from .cache import BlockTables, KVCache
 from .draw import Draws
-from .replay import Inputs, Replay
+from .replay import Inputs, Plan, Replay
 from .scheduler import Chunk
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,7 +60,7 @@ class _CachedAttention:
 
 
 class _ExactAttention(_CachedAttention):
-    """The same behind rows of padding, which are turned like the others and stored nowhere."""
+    """The same behind rows of padding on a CPU; they are turned like the others and stored nowhere."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k = apply_rotary(q, k, cos, sin)
@@ -83,7 +84,10 @@ class Forward:
         weight, config = model.output_weight, model.config
         self._device = weight.device
         sizes = (config.head_size, tables.block_size)
-        self._form = "exact" if exact else paged_attention_by(self._device.type, weight.dtype, *sizes)
+        if exact:
+            self._form = exact_attention_by(self._device.type, weight.dtype, config.head_size)
+        else:
+            self._form = paged_attention_by(self._device.type, weight.dtype, *sizes)
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._cascade = CascadeDecode(tables.block_size, self._heads, config.head_size, self._device)
         self._replay: Replay | None = None
@@ -120,44 +124,55 @@ class Forward:
         if self._form == "triton":
             if self._replay is None:
                 self._replay = Replay(self._step, self._make_plan)
-            return self._replay(ids, Inputs(tables, lengths, slots, draws, same_rows))
-        if self._form == "eager":
+            return self._finished(self._replay(ids, Inputs(tables, lengths, slots, draws, same_rows)), draws)
+        if self._form == "eager" and not self._exact:
             self._cascade.set(tables, lengths)
             attend: Attend = self._cascade
         else:
             attend = self._paged_attend(tables, lengths, np.arange(len(rows) + 1, dtype=np.int32), 1)
-        return self._step(ids, self._tensor(lengths - 1), self._tensor(slots), attend, self._arguments(draws))
+        step = self._step(ids, self._tensor(lengths - 1), self._tensor(slots), attend, self._arguments(draws))
+        return self._finished(step, draws)
 
     def draw(self, hidden: Tensor, draws: Draws) -> Drawn:
         """Draws the token that follows each hidden state [N,H]."""
-        return self._draw(hidden, self._arguments(draws))
+        return self._finished(self._draw(hidden, self._arguments(draws)), draws)
 
-    def _make_plan(self, num_rows: int, max_blocks: int) -> DecodePlan:
+    def _make_plan(self, num_rows: int, max_blocks: int) -> Plan:
+        if self._exact:
+            return ExactDecode(num_rows, max_blocks, self._tables.block_size, self._device)
         size, dtype = self._model.config.head_size, self._cache.keys.dtype
         return DecodePlan(num_rows, max_blocks, self._tables.block_size, self._heads, size, dtype, self._device)
 
-    def _step(self, ids: Tensor, positions: Tensor, slots: Tensor, attend: Attend, draws: tuple[Tensor, ...]) -> Drawn:
-        attention = (_ExactAttention if self._exact else _CachedAttention)(self._cache, slots, attend)
-        return self._draw(self._hidden(ids, positions, attention)[: len(ids)], draws)
+    def _step(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, attend: Attend, draws: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return self._draw(self._hidden(ids, positions, self._attention(slots, attend))[: len(ids)], draws)
 
-    def _draw(self, hidden: Tensor, draws: tuple[Tensor, ...]) -> Drawn:
-        logits = linear(self._padded(hidden), self._model.output_weight)[: len(hidden)]
+    def _draw(self, hidden: Tensor, draws: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What ``Drawn`` has, and behind it the hidden states if they are to be scored."""
+        with self._forms():
+            logits = linear(self._padded(hidden), self._model.output_weight)[: len(hidden)]
         drawn = sample_tokens(logits, *draws)
-        return self._scored(hidden, drawn, draws[2]) if self._exact else drawn
+        return (*drawn, hidden) if self._exact else drawn
 
     def _arguments(self, draws: Draws) -> tuple[Tensor, ...]:
-        return tuple(self._tensor(array) for array in draws)
+        single = draws._replace(temperature=draws.temperature.astype(np.float32))
+        return tuple(self._tensor(array) for array in single)
 
-    def _scored(self, hidden: Tensor, drawn: Drawn, temperatures: Tensor) -> Drawn:
-        """The tokens with the log-probabilities of the trainer's kernel."""
-        logprobs = drawn.logprobs.clone()
-        for temperature in temperatures.unique().tolist():
-            members = (temperatures == temperature).nonzero()[:, 0]
+    def _finished(self, found: tuple[Tensor, ...], draws: Draws) -> Drawn:
+        """In the exact mode with the log-probabilities of the trainer's kernel, outside of graphs."""
+        if not self._exact:
+            return Drawn(*found)
+        drawn, hidden = Drawn(*found[:-1]), found[-1]
+        logprobs = torch.empty_like(drawn.logprobs)
+        for temperature in np.unique(draws.temperature):
+            members = self._tensor(np.flatnonzero(draws.temperature == temperature))
             scores, _ = grouped_logprob(
                 self._padded(hidden[members]),
                 self._model.output_weight,
                 self._padded(drawn.tokens[members]),
-                temperature=temperature or 1.0,
+                temperature=float(temperature) or 1.0,
+                known_targets=True,
             )
             logprobs[members] = scores[: len(members)]
         return drawn._replace(logprobs=logprobs)
@@ -174,7 +189,7 @@ class Forward:
         else:
             tables = self._tables.view(np.array([row for row, _, _ in spans]))
             attend = self._paged_attend(tables, np.array([stop for *_, stop in spans]), bounds, max(lengths))
-            attention = (_ExactAttention if self._exact else _CachedAttention)(self._cache, slots, attend)
+            attention = self._attention(slots, attend)
         ids = [token for chunk in chunks for token in chunk.request.token_ids[chunk.start : chunk.stop]]
         positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
         hidden = self._hidden(torch.tensor(ids, device=self._device), self._tensor(positions), attention)
@@ -188,15 +203,24 @@ class Forward:
         context_lens = self._tensor(lengths.astype(np.int32))
         return lambda q, keys, values: form(q, keys, values, block_tables, context_lens, cu_seqlens, longest)
 
+    def _attention(self, slots: Tensor, attend: Attend) -> Attention:
+        if self._exact and self._form == "eager":
+            return _ExactAttention(self._cache, slots, attend)
+        return _CachedAttention(self._cache, self._padded(slots, -1), attend)
+
     def _hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        hidden = self._model(self._padded(ids), self._padded(positions), attention)
+        with self._forms():
+            hidden = self._model(self._padded(ids), self._padded(positions), attention)
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """In the exact mode: rows of zeros behind x, up to a multiple of 64."""
+    def _forms(self) -> AbstractContextManager[None]:
+        return exact_forms(self._device.type) if self._exact else nullcontext()
+
+    def _padded(self, x: Tensor, value: int = 0) -> Tensor:
+        """In the exact mode: rows of ``value`` behind x, up to a multiple of 64."""
         missing = -len(x) % ROWS if self._exact else 0
-        return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+        return torch.cat((x, x.new_full((missing, *x.shape[1:]), value))) if missing else x
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

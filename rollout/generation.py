@@ -85,7 +85,7 @@ def draws_of(requests: Sequence[Generation]) -> Draws:
     return Draws(
         np.array([request.key for request in requests], np.uint64).view(np.int64),
         np.array([request.place for request in requests], np.int64),
-        np.array([each.temperature for each in params], np.float32),
+        np.array([each.temperature for each in params], np.float64),
         np.array([each.top_k for each in params], np.int32),
         np.array([each.top_p for each in params], np.float32),
         np.array([each.min_p for each in params], np.float32),

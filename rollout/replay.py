@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.decode import DecodePlan
-from ..kernels.sampling import Drawn
+from ..kernels.exact_attention import ExactDecode
 from .draw import Draws
 
 MIN_BLOCKS = 64
 
-Compute = Callable[[Tensor, Tensor, Tensor, DecodePlan, tuple[Tensor, ...]], Drawn]
-"""Ids, positions and slots [B], attention, and the arguments of ``sample_tokens`` behind the logits."""
+Plan = DecodePlan | ExactDecode
+Compute = Callable[[Tensor, Tensor, Tensor, Plan, tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Ids, positions and slots [B], attention, the arguments of ``sample_tokens`` behind the logits -> tensors of B."""
 
 
 class Inputs(NamedTuple):
@@ -44,14 +45,14 @@ class Replay:
         make_plan: attention for up to so many rows of so many blocks.
     """
 
-    def __init__(self, compute: Compute, make_plan: Callable[[int, int], DecodePlan]) -> None:
+    def __init__(self, compute: Compute, make_plan: Callable[[int, int], Plan]) -> None:
         self._compute, self._make_plan = compute, make_plan
         self._steps: dict[tuple[int, int], _FixedStep] = {}
         self._last: tuple[int, int] | None = None  # of the steps, the one that was run
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def __call__(self, ids: Tensor, inputs: Inputs) -> Drawn:
-        """Computes the tokens ``ids`` [N] int64, which lie on the device, and draws the next."""
+    def __call__(self, ids: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+        """What is computed of the tokens ``ids`` [N] int64, which lie on the device: tensors of N rows."""
         size = _rounded(len(ids)), max(MIN_BLOCKS, 1 << (inputs.tables.shape[1] - 1).bit_length())
         if size not in self._steps:
             self._steps[size] = _FixedStep(self._compute, self._make_plan(*size), self._pool)
@@ -64,7 +65,7 @@ class Replay:
 class _FixedStep:
     """Buffers for up to B rows, and the graph that computes with them."""
 
-    def __init__(self, compute: Compute, plan: DecodePlan, pool: Any) -> None:
+    def __init__(self, compute: Compute, plan: Plan, pool: Any) -> None:
         self._compute, self._plan, self._pool = compute, plan, pool
         rows, device = len(plan.block_tables), plan.block_tables.device
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -72,9 +73,9 @@ class _FixedStep:
         self._integers = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self._numbers = torch.ones(3, rows, device=device)  # temperature, top_p, min_p
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._drawn: Drawn | None = None
+        self._results: tuple[Tensor, ...] = ()
 
-    def __call__(self, ids: Tensor, inputs: Inputs) -> Drawn:
+    def __call__(self, ids: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
         tables, lengths, slots, draws, same_rows = inputs
         count = len(ids)
         (self._plan.update if same_rows else self._plan.set)(tables, lengths)
@@ -87,21 +88,21 @@ class _FixedStep:
         for buffer, array in ((self._integers, integers), (self._numbers, numbers)):
             host = torch.from_numpy(array)
             buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
-        return Drawn(*(x[:count].clone() for x in self._run()))
+        return tuple(x[:count].clone() for x in self._run())
 
-    def _run(self) -> Drawn:
+    def _run(self) -> tuple[Tensor, ...]:
         if not self._ids.is_cuda:
             return self._on_device()
-        if self._graph is None or self._drawn is None:
+        if self._graph is None:
             self._on_device()  # compiles kernels, which cannot be captured
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may copy meanwhile: those that save checkpoints.
             with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._drawn = self._on_device()
+                self._results = self._on_device()
         self._graph.replay()
-        return self._drawn
+        return self._results
 
-    def _on_device(self) -> Drawn:
+    def _on_device(self) -> tuple[Tensor, ...]:
         positions, slots, keys, places, top_k = self._integers
         temperature, top_p, min_p = self._numbers
         draws = (keys, places, temperature, top_k.int(), top_p, min_p)

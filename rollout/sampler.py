@@ -46,8 +46,8 @@ class Sampler:
         prefill_tokens: prompt tokens computed in one step; longer prompts are computed in chunks.
         preemption: what becomes of the blocks that a sequence must give up: "recompute" them, or "keep" them in the
             host's memory.
-        exact: log-probabilities equal the trainer's to the last bit; on a CPU in float32, and only where the trainer
-            forces the attention "exact" and pads its batches to multiples of 64 tokens.
+        exact: log-probabilities equal the trainer's to the last bit; on CUDA, and on a CPU in float32, and only where
+            the trainer calls ``dispatch.force_exact`` and pads its batches to multiples of 64 tokens.
 
     Raises:
         UserError: a setting out of range, memory for not even one block, or no exact mode with this model and machine.

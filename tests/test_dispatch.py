@@ -58,7 +58,9 @@ def all_installed(choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_installed")
 def test_what_a_library_cannot_do_falls_to_the_next() -> None:
-    assert dispatch.available("cuda", "packed_attention") == ("flash-attn", "varlen", "xformers", "triton", "sdpa")
+    assert dispatch.available("cuda", "packed_attention") == (
+        *("flash-attn", "varlen", "xformers", "triton", "sdpa", "exact"),
+    )
     assert dispatch.available("cpu", "packed_attention") == ("sdpa", "exact")
     cases = [
         ("auto", torch.bfloat16, 128, False, "flash-attn"),
@@ -106,6 +108,22 @@ def test_the_line_says_what_serves_the_rest() -> None:
     assert line.endswith("packed_attention float32 triton, packed_attention with prefixes triton")
     dispatch.force("packed_attention", "triton", "cuda")
     assert dispatch.describe("cuda").endswith("packed_attention triton, paged_attention triton")
+
+
+@pytest.mark.usefixtures("all_installed")
+def test_the_exact_forms_serve_for_a_while() -> None:
+    usual = dispatch.implementation("cuda", "linear"), dispatch.implementation("cuda", "packed_attention")
+    assert usual == ("torch", "flash-attn")
+    dispatch.force("rms_norm", "eager", "cuda")
+    with dispatch.exact_forms("cuda"):
+        assert dispatch.implementation("cuda", "linear") == "triton"
+        served = [
+            dispatch.packed_attention_by("cuda", dtype, size, True)
+            for dtype, size in ((torch.bfloat16, 128), (torch.float32, 20), (torch.bfloat16, 264), (torch.float64, 64))
+        ]
+        assert served == ["exact", "exact", "sdpa", "sdpa"]
+    assert usual == (dispatch.implementation("cuda", "linear"), dispatch.implementation("cuda", "packed_attention"))
+    assert dispatch.implementation("cuda", "rms_norm") == "eager"
 
 
 @pytest.mark.usefixtures("choices")

@@ -195,7 +195,7 @@ def test_gradients_are_those_of_the_usual_mode() -> None:
 def test_libraries_that_do_not_keep_the_bits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3", 8, 2, 512)
     check_exact(model)
-    with pytest.raises(UserError, match="float32 on a CPU, and the model is torch"):
+    with pytest.raises(UserError, match=r"float32 on a CPU, .* and the model is torch\.bfloat16"):
         check_exact(make_model("qwen3", 8, 2, 512).bfloat16())
     monkeypatch.setattr("groupwise.engine.exact.silu_mul", lambda gate, up: gate * up / len(gate))
     with pytest.raises(UserError, match="SwiGLU of 72 gives a row other bits among 64 rows than among 320"):
@@ -217,5 +217,3 @@ def test_other_dtypes_are_left_to_the_usual_attention() -> None:
         assert served == ["exact", "sdpa"]
     finally:
         dispatch.force("packed_attention", "auto", "cpu")
-    with pytest.raises(ValueError, match="'exact' does not run on cuda"):
-        dispatch.force("packed_attention", "exact", "cuda")

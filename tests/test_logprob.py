@@ -9,7 +9,7 @@ from interpreter import interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupwise.kernels import eager, eager_logprob, grouped_logprob, implementation
+from groupwise.kernels import eager, eager_logprob, grouped_logprob, implementation, product
 from groupwise.kernels import logprob as logprob_kernel
 from groupwise.kernels.logprob import GroupedLogprob
 
@@ -212,9 +212,9 @@ def test_main_grad_in_triton() -> None:
 
 def check_descriptors_and_pointers() -> None:
     inputs = make_inputs(70, 64, 5000)
-    assert logprob_kernel.by_descriptors(inputs[0], inputs[1], "cpu")
+    assert product.by_descriptors(inputs[0], inputs[1], "cpu")
     by_descriptors = results(triton_form, inputs, torch.float32, 1.1, True)
-    with mock.patch.object(logprob_kernel, "by_descriptors", return_value=False):
+    with mock.patch.object(product, "by_descriptors", return_value=False):
         by_pointers = results(triton_form, inputs, torch.float32, 1.1, True)
     for a, b in zip(by_descriptors, by_pointers, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -1,17 +1,18 @@
 """Every Triton kernel compiled ahead of time: it still compiles, spills nothing, and uses the matrix units."""
 
+import re
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
-from groupwise.bench.compile import TARGETS, cases, measure
+from groupwise.bench.compile import TARGETS, assembly_of, cases, compiled, measure
 
 
 def seldom(case: Any) -> bool:
     """Other forms of attention than those of common models, which take half a minute to compile."""
     common = case.on_matrix_units and (case.constants.get("SHARED") or case.constants.get("GROUP") in (6, 7))
-    return case.name.startswith(("attention", "paged")) and "join" not in case.name and not common
+    return case.name.startswith(("attention", "paged", "exact attention")) and "join" not in case.name and not common
 
 
 CASES = [
@@ -27,3 +28,19 @@ def test_spills_nothing_and_uses_the_matrix_units(case: Any, target: str) -> Non
     assert usage.stack == usage.spills == 0
     assert usage.matrix or not case.on_matrix_units
     assert bool(usage.bulk_loads) == bool(case.blocks)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_both_tiles_of_the_exact_product_sum_equally_many_inputs_an_instruction(target: str) -> None:
+    """So that a row's bits can be the same in both: what an instruction sums, it rounds but once."""
+    products = [case for case in cases(target) if case.name.startswith("exact product") and case.dtype == "bf16"]
+    assert len(products) >= 2
+    found = set()
+    for case in products:
+        names = re.findall(
+            r"HGMMA\.64x\d+x(\d+)|HMMA\.168(\d+)|mfma_f32_(\d+x\d+x\d+)", assembly_of(compiled(case, target))
+        )
+        assert names
+        found |= set(names)
+        assert case.constants["DEPTH"] == products[0].constants["DEPTH"]
+    assert len(found) == 1
