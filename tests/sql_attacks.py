@@ -100,7 +100,11 @@ SQLITE = {
         "Only the first 0 rows|Only the first 1 rows|more than 64 MiB",
     ),
     "sorted big values": (f"{ENDLESS} SELECT randomblob(1000000) AS b FROM c ORDER BY b", BIG),
-    "wide row of big values": ("SELECT " + ", ".join(["zeroblob(1000000)"] * 1000), BIG),
+    "sorted in memory": (
+        f"{ENDLESS} SELECT length(b) FROM (SELECT hex(zeroblob(500000)) || x AS b FROM c LIMIT 300) ORDER BY b",
+        "more than 64 MiB",
+    ),
+    "wide row of big values": ("SELECT " + ", ".join(["zeroblob(1000000)"] * 300), BIG),
     "group_concat": (f"{ENDLESS} SELECT group_concat(hex(zeroblob(1000))) FROM c", BIG),
     "json depth": ("SELECT json('" + "[" * 50000 + "')", "malformed JSON"),
     "json of many": ("SELECT value FROM json_each('[' || replace(hex(zeroblob(9999)), '0', '1,') || '1]')", CAPPED),

@@ -182,12 +182,32 @@ def test_without_network_one_sentence_says_so_and_nothing_is_tried_again(
     assert len(started) == 2
 
 
-def test_the_time_limit(tmp_path: Path, started: list[subprocess.Popen], monkeypatch: pytest.MonkeyPatch) -> None:
+def ask_for_a_password(server: socket.socket) -> None:
+    connection = server.accept()[0]
+    with connection:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_the_time_limit_holds_for_what_pip_starts_too(
+    tmp_path: Path, started: list[subprocess.Popen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "keyring").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nsleep 60\n")
+    (tmp_path / "bin" / "keyring").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("PIP_KEYRING_PROVIDER", "subprocess")
     monkeypatch.delenv("PIP_NO_INDEX")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
-        installer = Installer(["tiny"], str(tmp_path / "packages"), timeout_s=1.5)
-        assert installer.ensure("import tiny").problem.endswith("could not be installed: pip was stopped after 1.5 s.")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://somebody@127.0.0.1:{server.getsockname()[1]}/simple")
+        thread = threading.Thread(target=ask_for_a_password, args=(server,))
+        thread.start()
+        installer = Installer(["tiny"], str(tmp_path / "packages"), timeout_s=4)
+        start = time.monotonic()
+        assert installer.ensure("import tiny").problem.endswith("could not be installed: pip was stopped after 4 s.")
+    assert time.monotonic() - start < 30
+    thread.join()
+    assert (tmp_path / "asked").exists()
     assert started[0].returncode == -9
     assert os.listdir(installer.folder) == []
 

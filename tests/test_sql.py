@@ -8,12 +8,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import sql_attacks
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from groupwise.rollout.sandbox import sql
@@ -74,7 +75,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         running.append((kind, process))
     found = {}
     for kind, process in running:
-        output = process.communicate(timeout=100)[0]
+        try:
+            output = process.communicate(timeout=100)[0]
+        finally:
+            process.kill()
         assert process.returncode == 0, output[-2000:]
         found |= {(kind, name): outcome for name, *outcome in map(json.loads, output.splitlines())}
     return found
@@ -113,6 +117,23 @@ def make(path: Path, statements: str) -> str:
     connection.executescript(statements)
     connection.close()
     return str(path)
+
+
+def test_a_database_cannot_be_written_without_the_authorizer_either(shop: str, tmp_path: Path) -> None:
+    before = Path(shop).read_bytes()
+    with closing(sql._open([shop, shop], LIMITS)) as connection:
+        for statement in ("DELETE FROM sales", "PRAGMA user_version = 7", "DELETE FROM shop.sales", "VACUUM"):
+            with pytest.raises(sqlite3.OperationalError, match=r"readonly|too many attached databases"):
+                connection.execute(statement)
+        with pytest.raises(sqlite3.OperationalError, match="too many attached databases"):
+            connection.execute("ATTACH ':memory:' AS m")
+    assert Path(shop).read_bytes() == before
+
+
+def test_variables_of_the_program_are_no_tables(sales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "frame", pd.DataFrame({"a": [1]}), raising=False)
+    with pytest.raises(SqlError, match="frame does not exist"):
+        run_sql("SELECT * FROM frame", [sales], str(tmp_path / "out.csv"), limits=LIMITS)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -175,6 +196,7 @@ VALUES = st.one_of(
 
 
 @settings(max_examples=50, deadline=None)
+@example([("\r", "a\rb", "\n"), ("\r\n", '"', ","), ("", " ", "'")])
 @given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=8))
 def test_every_value_can_be_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:
     folder = tmp_path_factory.mktemp("values")

