@@ -101,7 +101,7 @@ SQLITE = {
     "sorted big values": (f"{ENDLESS} SELECT randomblob(1000000) AS b FROM c ORDER BY b", BIG),
     "sorted in memory": (
         f"{ENDLESS} SELECT length(b) FROM (SELECT hex(zeroblob(500000)) || x AS b FROM c LIMIT 300) ORDER BY b",
-        "more than 64 MiB",
+        BIG,
     ),
     "wide row of big values": ("SELECT " + ", ".join(["zeroblob(1000000)"] * 300), BIG),
     "group_concat": (f"{ENDLESS} SELECT group_concat(hex(zeroblob(1000))) FROM c", BIG),
