@@ -8,12 +8,12 @@ file of the task changes, no file appears beside the result, and what `build` pu
 import sqlite3
 from pathlib import Path
 
-LIMITS = {"sql_s": 1.0, "max_rows": 1000, "max_bytes": 2**20, "memory_mib": 64}
+LIMITS = {"sql_s": 0.5, "max_rows": 1000, "max_bytes": 2**20, "memory_mib": 64}
 SECRET = "xyzzy"
 
 ONLY_READS = "only one query that reads"
 NO_PRAGMA = "PRAGMA .* is not available"
-LATE = "stopped after 1 s"
+LATE = "stopped after 0.5 s"
 BIG = "too big|more than 64 MiB|stopped after"
 CAPPED = "Only the first 1000 rows"
 NO_FUNCTION = "no such function|not available here"
@@ -82,7 +82,6 @@ SQLITE = {
     "endless recursion": (f"{ENDLESS} SELECT x FROM c", CAPPED),
     "endless recursion, counted": (f"{ENDLESS} SELECT count(*) FROM c", LATE),
     "endless recursion, sorted": (f"{ENDLESS} SELECT x FROM c ORDER BY -x", BIG),
-    "endless recursion without rows": (f"{ENDLESS} SELECT x FROM c WHERE x < 0", LATE),
     "huge cross join": ("SELECT count(*) FROM " + ", ".join(f"sales s{i}" for i in range(40)), LATE),
     "too many tables": ("SELECT 1 FROM " + ", ".join(f"sales s{i}" for i in range(80)), "at most 64 tables"),
     "cross join, all rows": ("SELECT a.* FROM sales a, sales b, sales c, sales d", CAPPED),
@@ -102,7 +101,7 @@ SQLITE = {
     "sorted big values": (f"{ENDLESS} SELECT randomblob(1000000) AS b FROM c ORDER BY b", BIG),
     "sorted in memory": (
         f"{ENDLESS} SELECT length(b) FROM (SELECT hex(zeroblob(500000)) || x AS b FROM c LIMIT 300) ORDER BY b",
-        "more than 64 MiB",
+        BIG,
     ),
     "wide row of big values": ("SELECT " + ", ".join(["zeroblob(1000000)"] * 300), BIG),
     "group_concat": (f"{ENDLESS} SELECT group_concat(hex(zeroblob(1000))) FROM c", BIG),

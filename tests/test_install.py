@@ -125,21 +125,19 @@ def test_a_module_that_pandas_asks_for(tmp_path: Path, wheels: Path) -> None:
 
 
 def test_what_a_package_requires_comes_if_it_is_allowed_too(tmp_path: Path, wheels: Path) -> None:
-    wheel(wheels, "first", {"first.py": ""}, ("Se.Cond>=1", "third", "fourth; extra == 'all'", "numpy<1"))
-    wheel(wheels, "se_cond", {"second.py": ""}, ("first",))
+    wheel(
+        wheels,
+        "first",
+        {"first.py": "", "space/a.py": "value = 1"},
+        ("Se.Cond>=1", "third", "fourth; extra == 'all'", "numpy<1"),
+    )
+    wheel(wheels, "se_cond", {"second.py": "", "space/b.py": "value = 2"}, ("first",))
     for name in ("third", "fourth", "numpy"):
         wheel(wheels, name, {f"{name}.py": ""})
     installer = Installer(["first", "second=se-cond", "fourth", "numpy"], str(tmp_path / "packages"))
     assert installer.ensure("import first").new == ("first", "se-cond")
     modules = sorted(name for name in os.listdir(installer.folder) if name.endswith(".py"))
     assert modules == ["first.py", "second.py"]
-
-
-def test_two_packages_of_one_namespace(tmp_path: Path, wheels: Path) -> None:
-    wheel(wheels, "space-a", {"space/a.py": "value = 1"})
-    wheel(wheels, "space-b", {"space/b.py": "value = 2"})
-    installer = Installer(["space=space-a", "b=space-b"], str(tmp_path / "packages"))
-    installer.ensure("import space.a, b")
     assert run(installer, "from space import a, b; print(a.value + b.value)") == "3\n"
 
 
@@ -173,13 +171,19 @@ def test_without_network_one_sentence_says_so_and_nothing_is_tried_again(
         port = closed.getsockname()[1]
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
-    installer = Installer(["tiny", "small"], str(tmp_path / "packages"), timeout_s=60)
-    first = installer.ensure("import tiny, small")
-    sentence = "The package {} is allowed but could not be installed: [Errno 111] Connection refused."
-    assert first == Installation((), " ".join(map(sentence.format, ("tiny", "small"))))
-    assert len(started) == 2
-    assert installer.ensure("import tiny", "No module named 'tiny'") == Installation((), sentence.format("tiny"))
-    assert len(started) == 2
+    installer = Installer(["tiny"], str(tmp_path / "packages"), timeout_s=60)
+    sentence = "The package tiny is allowed but could not be installed: [Errno 111] Connection refused."
+    for output in ("", "ModuleNotFoundError: No module named 'tiny'"):
+        assert installer.ensure("import tiny", output) == Installation((), sentence)
+    assert len(started) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem_and_no_crash(tmp_path: Path, wheels: Path) -> None:
+    wheel(wheels, "tiny", {"tiny.py": ""})
+    installer = Installer(["tiny"], str(tmp_path / "packages"))
+    (tmp_path / "packages").rmdir()
+    (tmp_path / "packages").write_text("")
+    assert "File exists" in installer.ensure("import tiny").problem
 
 
 def ask_for_a_password(server: socket.socket) -> None:

@@ -8,7 +8,8 @@ asked for: packages come without their dependencies, which are installed if they
 wheels are taken, so nothing of a package runs here; what it does when it is imported, it does in the sandbox. Where
 packages come from is pip's own configuration (`PIP_INDEX_URL`, `PIP_FIND_LINKS`, pip.conf).
 
-Not protected against: a package on the list that is not what its name promises.
+Not protected against: a package on the list that is not what its name promises; a required version that differs from
+the one installed, since dependencies are not resolved.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ class Installer:
             if distribution is None or distribution in self._problems or self._importable(name):
                 continue
             self._problems[distribution] = ""
-            reason = self._install(distribution)
+            try:
+                reason = self._install(distribution)
+            except OSError as error:  # no space, no processes left
+                reason = str(error)
             if reason:
                 problem = f"The package {distribution} is allowed but could not be installed: {reason}."
                 self._problems[distribution] = problem
@@ -123,7 +127,7 @@ class Installer:
 
     def _install(self, distribution: str) -> str:
         """Installs one distribution; returns why it failed, or ""."""
-        with tempfile.TemporaryDirectory(prefix="groupwise-packages-") as new:
+        with tempfile.TemporaryDirectory(prefix="groupwise-packages-", ignore_cleanup_errors=True) as new:
             # -I: no module of the current folder or of PYTHONPATH takes pip's place.
             command = [
                 sys.executable, "-I", "-m", "pip", "install", "--target", new, "--only-binary", ":all:", "--no-deps",

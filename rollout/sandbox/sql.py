@@ -7,14 +7,15 @@ name. Without such a file, .csv files are tables named by their stems, read by D
 
 Enforced for SQLite: files are opened read-only; an authorizer passes SELECT, reads of columns, functions without
 effects, recursion and the PRAGMAs that show a schema, and refuses everything else, whatever statement it stands in;
-lengths, depths, memory and time are capped. For DuckDB: the files are copied into memory, then access to files, network
-and extensions is switched off and the settings are locked; one SELECT, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN; memory and
-time are capped.
+lengths, depths, memory and time are capped. R-tree tables are refused: they ask for writes even when they are read. For
+DuckDB: the files are copied into memory, then access to files, network and extensions is switched off and the settings
+are locked; one SELECT, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN; memory and time are capped.
 
 Not protected against: holes in the two engines, which read queries (and databases) made to break them, in C; a single
 call of a function that runs long, since both look at the clock between operations only; the time that planning a query
-takes. So it is meant for a process of its own, confined and killed from outside (`child.py`), and it lowers the memory
-that SQLite may have in that process for good.
+takes; the strings that DuckDB has under way, which its cap on memory does not count. So it is meant for a process of
+its own, confined and killed from outside (`child.py`), and it lowers the memory that SQLite may have in that process
+for good.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ READABLE = ("/proc/self/cgroup", "/proc/meminfo", "/sys/fs/cgroup")
 
 READS = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
 EFFECTS = ("load_extension", "fts3_tokenizer")
-# The last two are what full-text indexes ask for themselves when they are read; they may not be set.
 SCHEMA = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
+# What full-text indexes ask for themselves when they are read; it may not be set.
 STATE = ("data_version", "page_size")
 # What DuckDB reads of the machine whenever it starts; where it may not, it does not start.
 DUCKDB_READS = ("/proc/self/cgroup", "/sys/fs/cgroup")
