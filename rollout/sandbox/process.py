@@ -90,7 +90,7 @@ class Process:
             if not features.nested:
                 kernel.die_with_parent(server)
             packages = (job.packages,) if job.packages else ()
-            engines = sql.READABLE if job.language == "sql" else ()
+            engines = sql.DUCKDB_READS if job.language == "sql" else ()
             readable = (*context.readable, *self.folder.linked, *packages, *engines)
             control = None if theirs is None else theirs.fileno()
             place = Place(self.folder.path, readable, user, output, control, context.baseline)

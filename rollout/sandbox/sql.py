@@ -42,9 +42,6 @@ QUOTED_LINE = re.compile(r"\n\s*LINE \d+: ")
 PREVIEW_ROWS, PREVIEW_COLUMNS, PREVIEW_CHARS = 10, 20, 40
 ONE_READ = "only one query that reads is allowed (SELECT, WITH, VALUES, EXPLAIN)"
 
-# What DuckDB looks at as it starts.
-READABLE = ("/proc/self/cgroup", "/proc/meminfo", "/sys/fs/cgroup")
-
 READS = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE)
 EFFECTS = ("load_extension", "fts3_tokenizer")
 SCHEMA = ("table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list")
