@@ -78,7 +78,7 @@ def _confine(job: Job, limits: Limits, features: Features, place: Place) -> None
     _limit(job, limits, features, place)
     folder = kernel.WORK if features.work else place.folder
     os.environ.update(HOME=folder, TMPDIR=folder)
-    os.environ.pop("XDG_CACHE_HOME", None)
+    os.environ.pop("MPLCONFIGDIR", None)
     if place.user is not None:
         kernel.become(place.user)
     kernel.drop_privileges(0 if place.user is None else kernel.READ_SEARCH)

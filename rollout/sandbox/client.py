@@ -106,7 +106,7 @@ class _Link:
         with theirs, tempfile.TemporaryFile() as errors:
             # -P and -s: neither the current folder nor the user's packages; -I would also ignore the hash seed.
             command = [sys.executable, "-P", "-s", "-c", BOOT, HERE, json.dumps(settings)]
-            environment = {**ENVIRONMENT, "HOME": self.base, "XDG_CACHE_HOME": _cache()}
+            environment = {**ENVIRONMENT, "HOME": self.base, "MPLCONFIGDIR": _fonts()}
             self.process = subprocess.Popen(
                 command, env=environment, cwd=self.base, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
@@ -374,9 +374,9 @@ class Sandbox:
         self.close()
 
 
-def _cache() -> str:
-    """The user's folder for caches, where matplotlib keeps its list of fonts, which takes seconds to make."""
-    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def _fonts() -> str:
+    """Where matplotlib keeps its list of the user's fonts, which takes seconds to make."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "matplotlib")
 
 
 def task_files(files: Sequence[str]) -> list[str]:
