@@ -37,6 +37,7 @@ class Request:
 
     number: int
     token_ids: list[int]
+    arrival: int = -1  # of its turn, in the order in which turns were asked for
     prompt: Prompt | None = None  # until it has been computed
     state: Literal["waiting", "running", "idle"] = "waiting"
     row: int = -1  # in the block tables; -1: nothing stored
@@ -50,7 +51,7 @@ class Request:
     saved: tuple[Saved, int] | None = None  # blocks in the host's memory, and how many tokens they hold
 
     def __lt__(self, other: "Request") -> bool:
-        return self.number < other.number
+        return self.arrival < other.arrival
 
 
 R = TypeVar("R", bound=Request)
@@ -101,7 +102,8 @@ class Scheduler(Generic[R]):
         self.found_tokens = 0  # stored already when a request was admitted
         self.recomputed_tokens = 0
         self._save = save
-        self._waiting: list[R] = []  # a heap by number
+        self._arrivals = 0
+        self._waiting: list[R] = []  # a heap by arrival
         self._idle: dict[int, R] = {}  # by number, the one that finished first comes first
         self._prompts: dict[bytes, Prompt] = {}
 
@@ -116,12 +118,19 @@ class Scheduler(Generic[R]):
         prompt = self._prompts.setdefault(name, Prompt(name, len(request.token_ids)))
         prompt.pending += 1
         request.prompt = prompt
-        heapq.heappush(self._waiting, request)
+        self._queue(request)
 
     def resume(self, request: R) -> None:
         """Queues an idle request again, whose ``token_ids`` have grown."""
         del self._idle[request.number]
         request.state = "waiting"
+        self._queue(request)
+
+    def _queue(self, request: R) -> None:
+        # Turns and not requests take their turn: were those that came first to end first, their code would end before
+        # that of the last is begun, and nothing would be left beside which the last can run.
+        request.arrival = self._arrivals
+        self._arrivals += 1
         heapq.heappush(self._waiting, request)
 
     def finish(self, requests: Sequence[R]) -> None:
@@ -156,15 +165,24 @@ class Scheduler(Generic[R]):
             if request.prefilling and budget:
                 budget -= self._add_chunk(step, request, budget)
         while budget and self._waiting and (not self.concurrency or len(self.running) < self.concurrency):
-            request = self._waiting[0]
-            if (request.prompt is not None and request.prompt.first is not None) or not self._fits(request):
-                break  # another one is computing its prompt; or memory is short
-            heapq.heappop(self._waiting)
+            request = self._next()
+            if request is None:
+                break
+            self._waiting.remove(request)
+            heapq.heapify(self._waiting)
             self._open(request, step)
             request.state, request.prefilling = "running", True
             self.running.append(request)
             budget -= self._add_chunk(step, request, budget)
         return step
+
+    def _next(self) -> R | None:
+        """The first of those that wait; where it cannot start, the first of those that have their blocks already."""
+        first = self._waiting[0]
+        # Another one may be computing its prompt; or memory is short.
+        if (first.prompt is None or first.prompt.first is None) and self._fits(first):
+            return first
+        return min((other for other in self._waiting if other.row >= 0 and self._fits(other)), default=None)
 
     def make_room(self, requests: Sequence[R]) -> tuple[list[R], Copies]:
         """Reserves one more token for each of some running requests, taking blocks from others if it must.
@@ -177,7 +195,7 @@ class Scheduler(Generic[R]):
         kept = list(requests)
         while self.tables.needed_for_next(rows := rows_of(kept)) > self.tables.free_blocks:
             if not self._evict():
-                victim = max(self.running)
+                victim = max(self.running, key=lambda request: request.number)
                 self._preempt(victim)
                 kept = [request for request in kept if request is not victim]
         copies = self.tables.reserve_next(rows)
@@ -305,7 +323,8 @@ class Scheduler(Generic[R]):
 
     def _holders(self, keep: R | None = None) -> list[R | Prompt]:
         """Who holds blocks and does not run, in the order in which they give way."""
-        requests = [*self._idle.values(), *sorted(self._waiting, reverse=True)]
+        waiting = sorted(self._waiting, key=lambda request: request.number, reverse=True)
+        requests = [*self._idle.values(), *waiting]
         prompts = [prompt for prompt in self._prompts.values() if prompt.row >= 0]
         return [*prompts, *(request for request in requests if request.row >= 0 and request is not keep)]
 
