@@ -6,7 +6,6 @@ came, none is overtaken, and a long prompt is prefilled in chunks while the othe
 request whose blocks are taken keeps its tokens, and they are computed again, or brought back, when it is next admitted.
 """
 
-import heapq
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ class Request:
 
     number: int
     token_ids: list[int]
-    arrival: int = -1  # of its turn, in the order in which turns were asked for
     prompt: Prompt | None = None  # until it has been computed
     state: Literal["waiting", "running", "idle"] = "waiting"
     row: int = -1  # in the block tables; -1: nothing stored
@@ -51,7 +49,7 @@ class Request:
     saved: tuple[Saved, int] | None = None  # blocks in the host's memory, and how many tokens they hold
 
     def __lt__(self, other: "Request") -> bool:
-        return self.arrival < other.arrival
+        return self.number < other.number
 
 
 R = TypeVar("R", bound=Request)
@@ -102,8 +100,7 @@ class Scheduler(Generic[R]):
         self.found_tokens = 0  # stored already when a request was admitted
         self.recomputed_tokens = 0
         self._save = save
-        self._arrivals = 0
-        self._waiting: list[R] = []  # a heap by arrival
+        self._waiting: list[R] = []  # in the order in which turns were asked for
         self._idle: dict[int, R] = {}  # by number, the one that finished first comes first
         self._prompts: dict[bytes, Prompt] = {}
 
@@ -118,20 +115,13 @@ class Scheduler(Generic[R]):
         prompt = self._prompts.setdefault(name, Prompt(name, len(request.token_ids)))
         prompt.pending += 1
         request.prompt = prompt
-        self._queue(request)
+        self._waiting.append(request)
 
     def resume(self, request: R) -> None:
         """Queues an idle request again, whose ``token_ids`` have grown."""
         del self._idle[request.number]
         request.state = "waiting"
-        self._queue(request)
-
-    def _queue(self, request: R) -> None:
-        # Turns and not requests take their turn: were those that came first to end first, their code would end before
-        # that of the last is begun, and nothing would be left beside which the last can run.
-        request.arrival = self._arrivals
-        self._arrivals += 1
-        heapq.heappush(self._waiting, request)
+        self._waiting.append(request)
 
     def finish(self, requests: Sequence[R]) -> None:
         """Running requests become idle and keep their blocks while nobody needs them more."""
@@ -149,7 +139,6 @@ class Scheduler(Generic[R]):
             del self._idle[request.number]
         else:
             self._waiting.remove(request)
-            heapq.heapify(self._waiting)
         self._started(request)
         self._close(request)
 
@@ -165,24 +154,15 @@ class Scheduler(Generic[R]):
             if request.prefilling and budget:
                 budget -= self._add_chunk(step, request, budget)
         while budget and self._waiting and (not self.concurrency or len(self.running) < self.concurrency):
-            request = self._next()
-            if request is None:
-                break
+            request = self._first()
+            if (request.prompt is not None and request.prompt.first is not None) or not self._fits(request):
+                break  # another one is computing its prompt; or memory is short
             self._waiting.remove(request)
-            heapq.heapify(self._waiting)
             self._open(request, step)
             request.state, request.prefilling = "running", True
             self.running.append(request)
             budget -= self._add_chunk(step, request, budget)
         return step
-
-    def _next(self) -> R | None:
-        """The first of those that wait; where it cannot start, the first of those that have their blocks already."""
-        first = self._waiting[0]
-        # Another one may be computing its prompt; or memory is short.
-        if (first.prompt is None or first.prompt.first is None) and self._fits(first):
-            return first
-        return min((other for other in self._waiting if other.row >= 0 and self._fits(other)), default=None)
 
     def make_room(self, requests: Sequence[R]) -> tuple[list[R], Copies]:
         """Reserves one more token for each of some running requests, taking blocks from others if it must.
@@ -195,7 +175,7 @@ class Scheduler(Generic[R]):
         kept = list(requests)
         while self.tables.needed_for_next(rows := rows_of(kept)) > self.tables.free_blocks:
             if not self._evict():
-                victim = max(self.running, key=lambda request: request.number)
+                victim = max(self.running)
                 self._preempt(victim)
                 kept = [request for request in kept if request is not victim]
         copies = self.tables.reserve_next(rows)
@@ -245,6 +225,16 @@ class Scheduler(Generic[R]):
         """Names of the blocks that a request may find: at least its last token is always computed."""
         add_names(request.names, request.token_ids, self.tables.block_size)
         return request.names[: (len(request.token_ids) - 1) // self.tables.block_size]
+
+    def _first(self) -> R:
+        """Who starts next.
+
+        Turns in the order in which they were asked for: were the oldest requests to end first, the code of the last
+        would run when nobody is left to decode beside it. But every request that has begun holds blocks, so while
+        memory is short, the oldest comes first, and few are under way.
+        """
+        is_short = 2 * self.tables.free_blocks < self.tables.num_blocks
+        return min(self._waiting) if is_short else self._waiting[0]
 
     def _fits(self, request: R) -> bool:
         if self.running:
@@ -319,12 +309,11 @@ class Scheduler(Generic[R]):
         request.state, request.prefilling = "waiting", False
         if request.prompt is not None and request.prompt.first is request:
             request.prompt.first = None
-        heapq.heappush(self._waiting, request)
+        self._waiting.insert(0, request)
 
     def _holders(self, keep: R | None = None) -> list[R | Prompt]:
         """Who holds blocks and does not run, in the order in which they give way."""
-        waiting = sorted(self._waiting, key=lambda request: request.number, reverse=True)
-        requests = [*self._idle.values(), *waiting]
+        requests = [*self._idle.values(), *sorted(self._waiting, reverse=True)]
         prompts = [prompt for prompt in self._prompts.values() if prompt.row >= 0]
         return [*prompts, *(request for request in requests if request.row >= 0 and request is not keep)]
 
