@@ -37,7 +37,7 @@ GRAMMAR = GRAMMARS["datamind"]
 CODE = GRAMMAR.render_turn("code", "wait", "import time\ntime.sleep(1)")
 ANSWER = GRAMMAR.render_turn("answer", "waited", "1")
 VOCABULARY, BLOCK_SIZE, MAX_TOKENS = 8192, 16, 2048
-SHAPES = [(2, 128, tokens, 32, 3, 8, 8) for tokens in (32, 64, 128, 256)] + [(2, 128, 256, 32, 3, 8, 32)]
+SHAPES = [(2, 128, tokens, 32, 3, 8, 8) for tokens in (32, 64, 128)] + [(2, 128, 64, 32, 3, 8, 32)]
 
 
 class Numbers(NoText):

@@ -6,7 +6,6 @@ came, none is overtaken, and a long prompt is prefilled in chunks while the othe
 request whose blocks are taken keeps its tokens, and they are computed again, or brought back, when it is next admitted.
 """
 
-import heapq
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +100,7 @@ class Scheduler(Generic[R]):
         self.found_tokens = 0  # stored already when a request was admitted
         self.recomputed_tokens = 0
         self._save = save
-        self._waiting: list[R] = []  # a heap by number
+        self._waiting: list[R] = []  # in the order in which turns were asked for
         self._idle: dict[int, R] = {}  # by number, the one that finished first comes first
         self._prompts: dict[bytes, Prompt] = {}
 
@@ -116,13 +115,13 @@ class Scheduler(Generic[R]):
         prompt = self._prompts.setdefault(name, Prompt(name, len(request.token_ids)))
         prompt.pending += 1
         request.prompt = prompt
-        heapq.heappush(self._waiting, request)
+        self._waiting.append(request)
 
     def resume(self, request: R) -> None:
         """Queues an idle request again, whose ``token_ids`` have grown."""
         del self._idle[request.number]
         request.state = "waiting"
-        heapq.heappush(self._waiting, request)
+        self._waiting.append(request)
 
     def finish(self, requests: Sequence[R]) -> None:
         """Running requests become idle and keep their blocks while nobody needs them more."""
@@ -140,7 +139,6 @@ class Scheduler(Generic[R]):
             del self._idle[request.number]
         else:
             self._waiting.remove(request)
-            heapq.heapify(self._waiting)
         self._started(request)
         self._close(request)
 
@@ -156,10 +154,10 @@ class Scheduler(Generic[R]):
             if request.prefilling and budget:
                 budget -= self._add_chunk(step, request, budget)
         while budget and self._waiting and (not self.concurrency or len(self.running) < self.concurrency):
-            request = self._waiting[0]
+            request = self._first()
             if (request.prompt is not None and request.prompt.first is not None) or not self._fits(request):
                 break  # another one is computing its prompt; or memory is short
-            heapq.heappop(self._waiting)
+            self._waiting.remove(request)
             self._open(request, step)
             request.state, request.prefilling = "running", True
             self.running.append(request)
@@ -227,6 +225,16 @@ class Scheduler(Generic[R]):
         """Names of the blocks that a request may find: at least its last token is always computed."""
         add_names(request.names, request.token_ids, self.tables.block_size)
         return request.names[: (len(request.token_ids) - 1) // self.tables.block_size]
+
+    def _first(self) -> R:
+        """Who starts next.
+
+        Turns in the order in which they were asked for: were the oldest requests to end first, the code of the last
+        would run when nobody is left to decode beside it. But every request that has begun holds blocks, so while
+        memory is short, the oldest comes first, and few are under way.
+        """
+        is_short = 2 * self.tables.free_blocks < self.tables.num_blocks
+        return min(self._waiting) if is_short else self._waiting[0]
 
     def _fits(self, request: R) -> bool:
         if self.running:
@@ -301,7 +309,7 @@ class Scheduler(Generic[R]):
         request.state, request.prefilling = "waiting", False
         if request.prompt is not None and request.prompt.first is request:
             request.prompt.first = None
-        heapq.heappush(self._waiting, request)
+        self._waiting.insert(0, request)
 
     def _holders(self, keep: R | None = None) -> list[R | Prompt]:
         """Who holds blocks and does not run, in the order in which they give way."""

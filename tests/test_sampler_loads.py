@@ -231,3 +231,18 @@ def test_random_work_loses_nothing(model, seed):
 def test_random_work_of_a_minute_loses_nothing(model):
     for seed in range(100, 160):
         random_work(model, seed, 400)
+
+
+@pytest.mark.parametrize(("blocks", "second"), [(40, 1), (5, 0)])
+def test_turns_take_their_turn_but_the_oldest_goes_first_while_memory_is_short(
+    model: Model, blocks: int, second: int
+) -> None:
+    engine, params = sampler(model, blocks=blocks, concurrency=1), SamplingParams(max_tokens=2)
+    ids = [engine.submit(prompt, params, stream=(i, 0, 0)) for i, prompt in enumerate(prompts(8, 8))]
+    ended: list[int] = []
+    while engine.has_work:
+        for done in engine.poll():
+            ended.append(ids.index(done.request_id))
+            if len(ended) == 1:
+                engine.extend(done.request_id, [20, 21], params)
+    assert ended == [0, second, 1 - second]
