@@ -2,17 +2,20 @@
 
 from .agent import AgentLimits, run_agent
 from .sampler import Sampler, SamplingParams
-from .sandbox import Limits, Sandbox
+from .sandbox import Execution, Installer, Limits, Sandbox, Session
 from .task import Task
 from .trajectory import Group, Span, Trajectory
 
 __all__ = [
     "AgentLimits",
+    "Execution",
     "Group",
+    "Installer",
     "Limits",
     "Sampler",
     "SamplingParams",
     "Sandbox",
+    "Session",
     "Span",
     "Task",
     "Trajectory",

@@ -19,7 +19,8 @@ and is printed by pandas when it runs again.
 
 What was written and not run (a void turn, a turn that was cut, code of the last turn) is a raw cell. Metadata under the
 key "groupwise" say of a cell who wrote it, in which turn, what the parser mended, how its execution went and what the
-model read of it; of the notebook the task, how it ended, rewards and advantage.
+model read of it; of the last cell and of the notebook the reward with its parts and the advantage; of the notebook the
+task and how it ended.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ def record_to_notebook(record: Mapping[str, Any]) -> NotebookNode:
     cells += _turn_cells(record)
     if record["status"] != "answered":
         cells.append(_cell("markdown", f"*No answer: {record['status']}*", {"writer": "environment"}))
+    earned = {key: record[key] for key in ("rewards", "reward", "advantage")}
+    cells[-1].metadata["groupwise"] |= earned
     executed = 0
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"
         if cell.cell_type == "code":
             executed += 1
             cell.execution_count = executed
-    about = {key: record[key] for key in ("task", "sample", "status", "answer", "rewards", "reward", "advantage")}
+    about = {key: record[key] for key in ("task", "sample", "status", "answer")} | earned
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "groupwise": about})
     nbformat.validate(notebook)
