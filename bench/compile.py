@@ -233,9 +233,9 @@ def _exact(target: str) -> Iterator[Case]:
                 f"exact product {rows}", product.product_kernel, dtype, constants, options, dtype == "bf16", blocks
             )
     for dtype, size, group in (("bf16", 64, 7), ("bf16", 128, 6), ("bf16", 128, 7), ("bf16", 256, 4), ("fp32", 64, 7)):
-        tile = exact_attention.tiles(DTYPES[dtype], size, target)
-        constants = {"GROUP": group, "SIZE": size, "WIDTH": size, "ROWS": tile.rows, "CHUNK": tile.columns}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        form = exact_attention.tiles(DTYPES[dtype], size, target)
+        constants = {"GROUP": group, "SIZE": size, "WIDTH": size, "ROWS": form.rows, "CHUNK": form.columns}
+        options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
         yield Case("exact attention", exact_attention.exact_kernel, dtype, constants, options, dtype == "bf16")
 
 

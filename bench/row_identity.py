@@ -108,13 +108,13 @@ def by_step(q: Tensor, k: Tensor, v: Tensor) -> list[common.Row]:
 
     def cached(chunks: list[range]) -> Tensor:
         """Chunks of the sequence, each by a row of its own that shares the blocks."""
-        caches = [x.view(-1, BLOCK, *x.shape[1:]) for x in (k, v)]
+        keys, values = (x.view(-1, BLOCK, *x.shape[1:]) for x in (k, v))
         tables = torch.arange(count // BLOCK, dtype=torch.int32, device=q.device).expand(len(chunks), -1)
         lengths = [len(chunk) for chunk in chunks]
         bounds = torch.tensor([0, *lengths], device=q.device).cumsum(0).int()
         rows = torch.tensor([row for chunk in chunks for row in chunk], device=q.device)
         contexts = index(*(chunk.stop for chunk in chunks))
-        return exact_paged_attention(q[rows], *caches, tables, contexts, bounds, max(lengths))
+        return exact_paged_attention(q[rows], keys, values, tables, contexts, bounds, max(lengths))
 
     whole = packed(None, 0, count)
     alone = range(0, count, 61)
@@ -136,9 +136,8 @@ def attention_rows(rows: int, q: Tensor) -> Iterator[None]:
     """Tiles of so many rows; their chunks of keys stay, for other chunks are another order."""
     architecture = dispatch.architecture_of(q.device)
     usual = exact_attention.TILES[architecture]
-    exact_attention.TILES[architecture] = tuple(
-        each._replace(rows=rows, num_warps=rows // 16, num_stages=2) for each in usual
-    )
+    small, middle, large = (each._replace(rows=rows, num_warps=rows // 16, num_stages=2) for each in usual)
+    exact_attention.TILES[architecture] = small, middle, large
     try:
         yield
     finally:
