@@ -32,7 +32,7 @@ def check_exact(model: Model) -> None:
     weight, head = model.output_weight, model.config.head_size
     if not exact_attention_by(weight.device.type, weight.dtype, head):
         raise UserError(
-            f"the exact mode is for float32 on a CPU, and for bf16, float16 and float32 with heads of at most "
+            "the exact mode is for float32 on a CPU, and for bf16, float16 and float32 with heads of at most "
             f"{MAX_HEAD_SIZE} on CUDA with Triton, and the model is {weight.dtype} with heads of {head} on "
             f"{weight.device}; turn it off or change the model's dtype and device"
         )
@@ -50,16 +50,16 @@ def check_exact(model: Model) -> None:
         _try_cache(model)
 
 
-def _normal(model: Model, seed: int) -> Callable[..., Tensor]:
-    """Random tensors in the model's dtype, on its device."""
+def _normal(model: Model) -> Callable[..., Tensor]:
+    """What makes random tensors in the model's dtype, on its device."""
     like = model.output_weight
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = torch.Generator(like.device).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _operations(model: Model) -> list[tuple[str, Callable[..., Tensor], list[Tensor]]]:
     """Name, function of tensors of rows, and such tensors."""
-    config, normal = model.config, _normal(model, 0)
+    config, normal = model.config, _normal(model)
     hidden, head = config.hidden_size, config.head_size
     maps = {
         (*module.weight.shape, module.bias is not None) for module in model.layers.modules() if type(module) is Linear
@@ -72,7 +72,7 @@ def _operations(model: Model) -> list[tuple[str, Callable[..., Tensor], list[Ten
             lambda x, weight=weight, bias=bias if has_bias else None: linear(x, weight, bias),
             [normal(TRIED_ROWS, size)],
         ))  # fmt: skip
-    weight = normal(config.vocab_size, hidden) * hidden**-0.5
+    weight = normal(config.vocab_size, hidden).mul_(hidden**-0.5)
     targets = torch.arange(TRIED_ROWS, device=weight.device) * 7919 % config.vocab_size
     gain = torch.ones_like(weight[0])
     rotary = model.model.rotary
@@ -98,7 +98,7 @@ def _operations(model: Model) -> list[tuple[str, Callable[..., Tensor], list[Ten
 
 
 def _attention_inputs(model: Model) -> tuple[Tensor, Tensor, Tensor]:
-    config, normal = model.config, _normal(model, 0)
+    config, normal = model.config, _normal(model)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (normal(TRIED_ROWS, count, config.head_size) for count in heads)
     return q, k, v

@@ -198,7 +198,7 @@ class ExactDecode:
         """Attention of the new tokens in one layer, which the cache holds already; no gradient.
 
         Args:
-            q: [N,Hq,D], N at least the plan's rows; those behind the rows that were set get zeros.
+            q: [N,Hq,D]; those behind the rows that were set get zeros.
             k_cache: [num_blocks, block_size, Hkv, D] contiguous, of q's dtype.
             v_cache: as k_cache.
         """
