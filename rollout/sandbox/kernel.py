@@ -234,12 +234,12 @@ def isolate_server(writable: str) -> Features:
     # Root needs no user namespace for the others, and inside one it has but one user id.
     tries = (wanted & ~CLONE_NEWUSER, wanted) if os.getuid() == 0 else (wanted,)
     flags = next((flags for flags in tries if _works(flags)), 0)
-    calls = seccomp.program()
+    calls, landlock = seccomp.program(), landlock_version()
     if calls and not _succeeds(no_new_privileges, partial(seccomp.restrict_calls, calls)):
         calls = None
     if not flags:
         adopt_orphans()
-        return Features(landlock=landlock_version(), calls=calls)
+        return Features(landlock=landlock, calls=calls)
     unshare(flags)
     read_only = False
     try:
@@ -250,10 +250,11 @@ def isolate_server(writable: str) -> Features:
     _become_first_process()
     per_job = _per_job(writable)
     trial = tempfile.mkdtemp(dir=writable)
-    own_users = calls is not None and os.getuid() == 0 and _succeeds(partial(_try_users, trial))
+    # Their right to read everything is harmless only behind these two.
+    own_users = bool(calls and landlock and os.getuid() == 0) and _succeeds(partial(_try_users, trial))
     shutil.rmtree(trial)
     granted = tuple(name for flag, name in names.items() if (flags | per_job) & flag)
-    return Features(granted, read_only, True, per_job, landlock_version(), calls, own_users)
+    return Features(granted, read_only, True, per_job, landlock, calls, own_users)
 
 
 def _become_first_process() -> None:

@@ -144,15 +144,15 @@ class Run:
             if not self.read() or self.capture.seen == before:
                 break
         os.close(self.output)
-        table = self._table()
+        table = self._table(status)
         if not kept:
             self.process.folder.remove()
         lost = self.process.control is not None and not (answer or self.reason)
         return None if lost else self._result(status, cpu_s, wall_s, table), self.process if kept else None
 
-    def _table(self) -> str | None:
-        """A query's result; the query is run by our own code, which writes it whole or not at all."""
-        if self.job.language != "sql":
+    def _table(self, status: int) -> str | None:
+        """The result of a query that ran to its end; our own code runs it, and writes it whole or not at all."""
+        if self.job.language != "sql" or self.reason or status != DONE << 8:
             return None
         try:
             with open(
