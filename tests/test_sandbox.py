@@ -296,7 +296,7 @@ def test_a_machine_that_isolates_nothing_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(client, "BOOT", boot)
     with pytest.raises(UserError, match="isolation = 'none'"):
         Sandbox(LIMITS)
-    with Sandbox(Limits(wall_s=3, isolation="none"), workers=1) as bare:
+    with Sandbox(Limits(wall_s=1.5, isolation="none"), workers=1) as bare:
         assert not any("namespace" in line or "Landlock" in line for line in bare.enforced())
         assert attack(bare, DOUBLE_FORK).output == "gone\n"
         assert attack(bare, DEAF_CHILD).output == "left\n"

@@ -9,23 +9,38 @@ from pathlib import Path
 
 import pytest
 from attacks import ACCIDENTS, CONFINED, NETWORK, REFUSED_CALLS, C
-from sandboxes import LIMITS, attack
+from sandboxes import LIMITS, PRELUDE, attack
 
 import groupwise
-from groupwise.rollout.sandbox import Limits, Sandbox, client, seccomp
+from groupwise.rollout.sandbox import Execution, Limits, Sandbox, client, seccomp
 
 OWN_VARIABLES = ("HOME", "TMPDIR", "LC_CTYPE", "PWD")
 
 
-@pytest.mark.parametrize("name", ACCIDENTS)
+ENDLESS = [name for name, (_, verdicts, _) in ACCIDENTS.items() if verdicts == {"timeout"}]
+
+
+@pytest.mark.parametrize("name", [name for name in ACCIDENTS if name not in ENDLESS])
 def test_accidents(sandbox: Sandbox, table: str, name: str) -> None:
-    code, verdicts, shown = ACCIDENTS[name]
-    result = attack(sandbox, code, (table,))
+    check_accident(name, attack(sandbox, ACCIDENTS[name][0], (table,)))
+    assert Path(table).read_text().startswith("a,b\n0,x0")
+
+
+def test_what_never_ends_is_stopped_in_time() -> None:
+    """All at once: none keeps the server from stopping the others."""
+    with Sandbox(LIMITS, workers=len(ENDLESS)) as own:
+        futures = {name: own.submit(PRELUDE + ACCIDENTS[name][0]) for name in ENDLESS}
+        for name, future in futures.items():
+            check_accident(name, future.result(60))
+        assert attack(own, "print('on')").output == "on\n"
+
+
+def check_accident(name: str, result: Execution) -> None:
+    _, verdicts, shown = ACCIDENTS[name]
     assert result.verdict in verdicts, result
     assert shown in result.output
     assert len(result.output) < LIMITS.output_bytes + 500
     assert result.wall_s < LIMITS.wall_s + 2
-    assert Path(table).read_text().startswith("a,b\n0,x0")
 
 
 @pytest.mark.parametrize("name", CONFINED)

@@ -1,4 +1,4 @@
-"""The warm server: a process with numpy, pandas and matplotlib imported that forks a child for each execution.
+"""The warm server: a process with numpy and pandas imported that forks a child for each execution.
 
 `client.Sandbox` starts it with a bare environment and talks to it over a socket: frames of four length bytes and
 JSON. It runs several executions at once, first come first served, and ends when its client does. It never imports
@@ -12,6 +12,7 @@ import io
 import json
 import mimetypes
 import os
+import re
 import resource
 import selectors
 import signal
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,7 @@ from .run import Run
 from .tree import address_space, private_bytes
 
 SERVER_BYTES = 2**30
+PLOTS = re.compile(r"\b(?:matplotlib|seaborn)\b")
 SESSIONS = 512  # paused sessions have two processes each
 
 
@@ -46,6 +49,7 @@ class Server:
         self.paused: dict[int, Process] = {}  # by the number of the session
         self.received = bytearray()
         self.open = True
+        self.plots = False  # whether matplotlib is imported
         self.count = 0
 
     def serve(self) -> None:
@@ -124,6 +128,10 @@ class Server:
             paused.end(self._children())
             paused.folder.remove()
             paused = None
+        if not self.plots and any(PLOTS.search(chunk) for chunk in (job.code, *job.history)):
+            self.plots = True
+            with suppress(Exception):  # Not installed, perhaps: the code then says so itself.
+                self.context = warm_plots(self.context)
         self.count += 1
         try:
             run = Run(job, self.context, os.path.join(self.base, str(self.count)), paused)
@@ -148,10 +156,9 @@ def send(channel: socket.socket, data: bytes) -> None:
 
 
 def warm_up() -> None:
-    """Imports what code uses most and touches what a small chunk needs, so that no execution pays for a first time."""
+    """Imports numpy and pandas and touches what a small chunk uses, so that no execution pays for a first time."""
     warnings.simplefilter("ignore")
     mimetypes.init()  # reads files that executions may not, as libraries for .xlsx would
-    import matplotlib.pyplot as plt
     import numpy as np
     import pandas as pd
 
@@ -167,8 +174,24 @@ def warm_up() -> None:
     shown += [table.sort_values("b").head(), table.isna().sum()]
     shown += [np.polyfit(table["a"], table["b"], 1), np.corrcoef(table["a"], table["b"])]
     str(shown)
-    plt.close(plt.figure())
     table.to_csv(io.StringIO())
+
+
+def warm_plots(context: Context) -> Context:
+    """Imports matplotlib, which takes a second; a fork of a larger process costs more, so only where code plots."""
+    import matplotlib.pyplot as plt
+
+    plt.close(plt.figure())
+    return settle(context.limits, context.features)
+
+
+def settle(limits: Limits, features: kernel.Features) -> Context:
+    """What executions share, measured when all is imported that will be."""
+    gc.collect()
+    gc.disable()
+    # Forked children then neither scan nor copy what is here.
+    gc.freeze()
+    return Context(limits, features, kernel.interpreter_paths(), address_space(), private_bytes("self"))
 
 
 def main() -> None:
@@ -183,12 +206,7 @@ def main() -> None:
     groups = cgroup.enter(os.path.basename(settings["base"]), *_together(limits, settings))
     features = kernel.isolate_server(settings["base"])
     enforced = [*features.describe(), *(["cgroup: processes and memory of all executions together"] if groups else [])]
-    gc.collect()
-    gc.disable()
-    # Forked children then neither scan nor copy what is here.
-    gc.freeze()
-    context = Context(limits, features, kernel.interpreter_paths(), address_space(), private_bytes("self"))
-    server = Server(channel, context, settings["base"], settings["workers"])
+    server = Server(channel, settle(limits, features), settings["base"], settings["workers"])
     hello = {"isolates": features.isolates, "nested": features.nested, "enforced": enforced, "groups": groups}
     send(channel, json.dumps(hello).encode())
     server.serve()
