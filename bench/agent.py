@@ -6,8 +6,8 @@ A shape is layers x hidden x tokens of a turn x trajectories x code turns of eac
 that decode together. A random model writes turns of this length in the real sampler; what it wrote is then taken for
 code that sleeps for a second in the real sandbox, and the last turn for an answer.
 
-``generation_s`` is the time of the loop where code takes none, ``execution_s`` where turns take none, ``both_s`` that
-of both, and ``share`` that of generation in the sum of the first two. ``ratio`` is ``both_s`` over the longer of them:
+``generation`` is the time of the loop where code takes none, ``execution`` where turns take none, ``both`` that of
+both, and ``share`` that of generation in the sum of the first two. ``ratio`` is ``both`` over the longer of them:
 1 where the shorter is hidden. What cannot be hidden is the first turn and the last: where all sequences decode together
 and end their turns together, that is much of it. Ids must be the same whether code takes time or not, or it stops.
 """
@@ -186,9 +186,9 @@ def measure(shape: tuple[int, ...], args: Any) -> common.Row:
         "workers": workers,
         "concurrency": concurrency,
         "share": generation / (generation + execution),
-        "generation_s": generation,
-        "execution_s": execution,
-        "both_s": both,
+        "generation_ms": generation * 1e3,
+        "execution_ms": execution * 1e3,
+        "both_ms": both * 1e3,
         "ratio": both / max(generation, execution),
     }
 
