@@ -8,7 +8,7 @@ import stat
 from typing import Any
 
 COPY_BYTES = 4 * 2**20  # Larger files are linked instead of copied where the kernel keeps them read-only.
-KEPT_ENTRIES, KEPT_BYTES = 500, 64 * 2**20  # The server copies no more, since executions wait meanwhile.
+KEPT_ENTRIES, KEPT_BYTES = 100, 64 * 2**20  # The server copies no more, since executions wait meanwhile.
 
 
 class Folder:
