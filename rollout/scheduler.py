@@ -1,9 +1,10 @@
 """Which sequences compute in the next step, and which give their memory back when it runs short.
 
 A request is waiting (for its prompt, or for an observation, to be prefilled), running (in a prefill, then a token a
-step) or idle (finished, its blocks kept for :meth:`Scheduler.resume`). Requests are served in the order in which they
-came, none is overtaken, and a long prompt is prefilled in chunks while the others decode. Nothing is ever lost: a
-request whose blocks are taken keeps its tokens, and they are computed again, or brought back, when it is next admitted.
+step) or idle (finished, its blocks kept for :meth:`Scheduler.resume`). Turns start in the order in which they were
+asked for, or while memory is short the oldest request first; a long prompt is prefilled in chunks while the others
+decode. Nothing is ever lost: a request whose blocks are taken keeps its tokens, and they are computed again, or brought
+back, when it is next admitted.
 """
 
 from array import array

@@ -1,7 +1,7 @@
 """The process that runs model code: it gives up every right, replays the history, runs the new chunk, and exits.
 
-`run_child` never returns. Its exit status is the verdict: DONE, FAILED or MEMORY of `cells.py`, or `UNCONFINED` when it
-could not give up its rights and so ran nothing. With a control socket it stays, as `paused.py` tells.
+`run_child` never returns. Its exit status is the verdict: one of those of `cells.py`, or `UNCONFINED` when it could not
+give up its rights and so ran nothing. With a control socket it stays, as `paused.py` tells.
 """
 
 from __future__ import annotations

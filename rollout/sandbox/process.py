@@ -106,19 +106,16 @@ class Process:
         """Numbers in /proc of what runs model code; a session's two own processes come first in its tree."""
         return descendants(outer_pid(self.handle))[0 if self.control is None else 2 :]
 
-    def send(self, code: str, output: int) -> bool:
-        """Gives a session its next chunk; False if it is gone."""
+    def send(self, code: str, output: int) -> None:
+        """Gives a session its next chunk; one that is gone takes none, which its handle tells."""
         assert self.control is not None
         descriptor = os.memfd_create("chunk")
         with os.fdopen(descriptor, "wb") as file:
             file.write(code.encode("utf-8", "surrogatepass"))
             file.flush()
             file.seek(0)
-            try:
+            with suppress(OSError):
                 socket.send_fds(self.control, [b"run"], [descriptor, output])
-            except OSError:
-                return False
-        return True
 
     def answer(self) -> bytes:
         """What a session said of its chunk; b"" if it is gone or has said nothing."""

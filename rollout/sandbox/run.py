@@ -63,7 +63,7 @@ class Run:
             paused: the session's process, if it is to go on with this chunk.
 
         Raises:
-            OSError: no space, no processes left, a file that is gone: nothing remains then.
+            OSError: no space, no processes left, a file that is gone: nothing remains then but ``paused``.
         """
         self.job, self.context = job, context
         self.capture = Capture(context.limits.output_bytes)
@@ -76,7 +76,7 @@ class Run:
             self._restorable = False
             if self.process.control is not None:
                 self._restorable = (paused is not None or not job.history) and self.process.folder.save()
-                self.process.send(job.code, write_end)  # One that is gone is seen by its handle.
+                self._send(write_end, is_new=paused is None)
         except BaseException:
             os.close(self.output)
             raise
@@ -87,6 +87,15 @@ class Run:
         self._wall_s = context.limits.sql_s + SQL_SPARE_S if job.language == "sql" else context.limits.wall_s
         self.deadline = self.started + self._wall_s
         self.next_look = min(self.deadline, self.started + WATCH_S)
+
+    def _send(self, output: int, is_new: bool) -> None:
+        try:
+            self.process.send(self.job.code, output)
+        except BaseException:
+            if is_new:
+                self.process.end(set())  # a session is in a PID namespace of its own
+                self.process.folder.remove()
+            raise
 
     def read(self) -> bool:
         """Takes a piece of the output; False at the end of the stream."""

@@ -69,8 +69,7 @@ class Server:
                     self._start(self.waiting.popleft())
         finally:
             for process in [*(run.process for run in self.running.values()), *self.paused.values()]:
-                process.end(self._children())
-                process.folder.remove()
+                self._discard(process)
 
     def _children(self) -> set[int]:
         return {process.pid for process in self.paused.values()} | self.running.keys()
@@ -119,14 +118,16 @@ class Server:
 
     def _forget(self, session: int) -> None:
         if (process := self.paused.pop(session, None)) is not None:
-            process.end(self._children())
-            process.folder.remove()
+            self._discard(process)
+
+    def _discard(self, process: Process) -> None:
+        process.end(self._children())
+        process.folder.remove()
 
     def _start(self, job: Job) -> None:
         paused = self.paused.pop(job.session, None) if job.session is not None else None
         if paused is not None and paused.chunks != len(job.history):
-            paused.end(self._children())
-            paused.folder.remove()
+            self._discard(paused)
             paused = None
         if not self.plots and any(PLOTS.search(chunk) for chunk in (job.code, *job.history)):
             self.plots = True
@@ -136,6 +137,8 @@ class Server:
         try:
             run = Run(job, self.context, os.path.join(self.base, str(self.count)), paused)
         except OSError as error:
+            if paused is not None:
+                self._discard(paused)
             self._reply({"id": job.id, "failure": f"the sandbox could not start an execution: {error}"})
             return
         self.running[run.process.pid] = run
