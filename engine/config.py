@@ -304,8 +304,8 @@ class RewardConfig:
     length_target: int = setting(512, "completion tokens that cost nothing (datarus)", minimum=1)
     overlong_buffer: int = setting(
         0,
-        "last tokens before rollout.max_trajectory_tokens, over which the reward falls by 1, and truncated trajectories "
-        "keep their loss; 0: no such cost",
+        "last tokens before rollout.max_trajectory_tokens, over which the reward falls by 1, and what is truncated "
+        "keeps its loss; 0: no such cost",
         minimum=0,
     )
     judge: str = setting(
