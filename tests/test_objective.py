@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bigram import Bigram, make_examples
 from distributed import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,38 +31,6 @@ from groupwise.engine.objective import (
 from groupwise.engine.optim import AdamW
 from groupwise.engine.shard import ShardedModel
 from groupwise.engine.step import optimise
-
-VOCABULARY = 11
-
-
-class Bigram:
-    """A policy whose log-probabilities depend on the input token alone, so that a loop can repeat them."""
-
-    def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.table = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
-
-    def __call__(self, input_ids, positions, attention, targets, temperature=1.0, entropy=False):  # type: ignore[no-untyped-def]
-        logprobs = (self.table[input_ids] / temperature).log_softmax(-1)
-        chosen = logprobs.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets < 0, 0.0)
-        return chosen.float(), -(logprobs.exp() * logprobs).sum(-1).float() if entropy else None
-
-    def logprob(self, before: int, token: int, temperature: float = 1.0) -> float:
-        row = self.table[before].detach().numpy() / temperature
-        return float(row[token] - np.log(np.exp(row).sum()))
-
-
-def make_examples(seed: int, sequences: int = 6, expert: bool = False) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    out = []
-    for i in range(sequences):
-        tokens = int(draw.integers(2, 9))
-        ids = draw.integers(0, VOCABULARY, tokens).tolist()
-        mask = [0.0, *(draw.random(tokens - 1) < 0.7).astype(float).tolist()]
-        old = (-3 * draw.random(tokens)).tolist()
-        out.append(Example(ids, mask, float(draw.normal()), old, i, expert and i % 2 == 1))
-    out.append(Example([1, 2], [0.0, 0.0], 1.0, [0.0, 0.0]))  # a masked one
-    return out
 
 
 def naive_token(logp: float, old: float, advantage: float, ref: float, low: float, high: float, beta: float, d: float):  # type: ignore[no-untyped-def]
@@ -121,8 +90,8 @@ def test_token_weights(loss_type: str) -> None:
 
 
 def test_token_weights_refuse_what_is_unknown() -> None:
-    with pytest.raises(UserError, match="'gspo' is unknown"):
-        token_weights("gspo", [0.0, 1.0], Counts(1, 1, 0))
+    with pytest.raises(UserError, match="'ppo' is unknown; use one of dapo, grpo, dr_grpo, gspo, cispo"):
+        token_weights("ppo", [0.0, 1.0], Counts(1, 1, 0))
     with pytest.raises(UserError, match="max_completion_tokens"):
         token_weights("dr_grpo", [0.0, 1.0], Counts(1, 1, 0))
     assert token_weights("dapo", [0.0, 0.0], Counts(0, 1, 0)) == [0.0, 0.0]  # nothing to learn from: no division
@@ -158,7 +127,7 @@ def test_policy_loss_equals_the_loop(beta: float, gamma: float, delta_max: float
                 tokens += mask[i]
     expected = (1 - gamma) * reinforce / tokens + (gamma * imitate / expert_tokens if gamma else 0.0)
     assert loss.item() == pytest.approx(expected, rel=2e-6, abs=1e-7)
-    assert stats["tokens"] == tokens
+    assert stats["policy_tokens"] == tokens
     assert stats["sft_tokens"] == expert_tokens
 
 
@@ -186,7 +155,7 @@ def test_importance_weighs_what_the_sampler_drew(correction: str, first: bool) -
         step, gap = (leaf[i] - old[i]).exp(), batch.ref_logprob[i].double() - leaf[i]
         surrogate = torch.min(step * batch.advantage[i], step.clamp(0.8, 1.28) * batch.advantage[i])
         expected += batch.weight[i] * (0.1 * (gap.exp() - gap - 1) - kept * surrogate)
-    assert 0 < bounds[correction] < stats["tokens"]
+    assert 0 < bounds[correction] < stats["policy_tokens"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (slope,) = torch.autograd.grad(expected, leaf)
     (true,) = torch.autograd.grad(policy(batch.input_ids, None, None, batch.targets)[0], policy.table, slope.float())
@@ -327,7 +296,7 @@ def test_mismatch_and_summary() -> None:
     stats = {k: v.item() for k, v in mismatch(*(torch.tensor(x) for x in (old, rollout, weight))).items()}
     deltas = [a - b for a, b, w in zip(old, rollout, weight, strict=True) if w]
     ratios = [math.exp(d) for d in deltas]
-    metrics = summarise({**stats, "tokens": float(len(deltas)), "ref_tokens": 0.0, "kl_sum": 0.0})
+    metrics = summarise({**stats, "policy_tokens": float(len(deltas)), "ref_tokens": 0.0, "kl_sum": 0.0})
     assert metrics["sampling/logp_difference_max"] == pytest.approx(max(map(abs, deltas)))
     assert metrics["sampling/logp_difference_mean"] == pytest.approx(np.mean(np.abs(deltas)))
     assert metrics["sampling/kl"] == pytest.approx(np.mean([r - 1 - d for r, d in zip(ratios, deltas, strict=True)]))
