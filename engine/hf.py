@@ -27,6 +27,7 @@ from torch import Tensor
 from .config import ModelConfig, RopeScaling
 from .errors import UserError
 from .model import Model
+from .scorer import Scorer
 from .shard import ShardedModel
 from .tensorfile import Layout, num_bytes, write_tensors
 from .together import together
@@ -38,7 +39,7 @@ PART_BYTES = 5 * 10**9  # a larger model is written in numbered parts
 
 # The files that a save replaces or removes.
 _OURS = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
 # Sizes that config.json must give.
 _SIZES = (
@@ -74,8 +75,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / CONFIG
     raw = _read_json(path)
     family = raw.get("model_type")
-    if family not in _ARCHITECTURES:
-        known = ", ".join(map(repr, _ARCHITECTURES))
+    if family not in _FAMILIES:
+        known = ", ".join(map(repr, _FAMILIES))
         raise UserError(f"{path} has model_type {family!r}, expected one of {known}; choose another model")
     raw = _DEFAULTS[family] | raw
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -130,12 +131,12 @@ def _rope_scaling(rope: dict[str, Any], max_position_embeddings: int, path: Path
     )
 
 
-def _config_json(config: ModelConfig, dtype: torch.dtype) -> str:
+def _config_json(config: ModelConfig, labels: Sequence[str], dtype: torch.dtype) -> str:
     scaling = config.rope_scaling
     rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
     raw: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.model_type]],
+        "architectures": [_FAMILIES[config.model_type] + ("ForSequenceClassification" if labels else "ForCausalLM")],
         "model_type": config.model_type,
         "hidden_act": "silu",
         **{key: getattr(config, key) for key in _SIZES},
@@ -151,6 +152,10 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> str:
         "torch_dtype": name,
         "dtype": name,
     }
+    if labels:  # each has a logit of its own
+        raw["problem_type"] = "multi_label_classification"
+        raw["id2label"] = dict(enumerate(labels))
+        raw["label2id"] = {label: index for index, label in enumerate(labels)}
     return json.dumps(raw, indent=2) + "\n"
 
 
@@ -180,23 +185,28 @@ def load_hf(folder: str | Path, device: str | torch.device = "cpu", dtype: torch
     return model
 
 
-def load_weights(model: ShardedModel, folder: str | Path) -> None:
-    """Fills the shards of a sharded ``Model`` from a Hugging Face folder; a collective.
+def load_weights(model: ShardedModel, folder: str | Path, *, zeros: Sequence[str] = ()) -> None:
+    """Fills the shards of a sharded ``Model`` or ``Scorer`` from a Hugging Face folder; a collective.
 
     Each rank reads the rows that its shards hold and no more, so its host memory peaks at its shards and one tensor.
 
     Args:
         model: of the shape that :func:`read_config` gives; its master weights are overwritten, cast to their dtype.
         folder: as for :func:`load_hf`.
+        zeros: names of parameters that the folder lacks and that start at 0, such as the head of a new scorer.
 
     Raises:
         UserError: what :func:`load_hf` raises for weights, on every rank alike.
     """
 
     def fill() -> None:
-        paths = _find(Path(folder), {slot.name: slot.shape for shard in model.shards for slot in shard.slots})
+        shapes = {slot.name: slot.shape for shard in model.shards for slot in shard.slots if slot.name not in zeros}
+        paths = _find(Path(folder), shapes)
         for shard in model.shards:
             for slot, here, there in shard.overlaps():
+                if slot.name in zeros:
+                    shard.data[here].zero_()
+                    continue
                 with _opened(paths[slot.name]) as file:  # for one tensor: closing gives back the pages that were read
                     shard.data[here].copy_(_elements(file.get_slice(slot.name), slot.shape, there))
 
@@ -287,7 +297,7 @@ def _number(raw: dict[str, Any], key: str, path: Path, kind: type, default: Any 
 # Writing -------------------------------------------------------------------------------------------------------
 
 
-def save_hf(model: Model | ShardedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_hf(model: Model | Scorer | ShardedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes a folder that transformers loads: ``config.json`` and weights, in numbered parts if over 5 GB.
 
     At any moment the folder is the earlier or the new one, never half of each: the new one is made beside it and takes
@@ -295,7 +305,7 @@ def save_hf(model: Model | ShardedModel, folder: str | Path, dtype: torch.dtype 
     With a sharded model all ranks must call: rank 0 writes tensor by tensor, and all of them learn of a failure.
 
     Args:
-        model: a whole model, or a sharded ``Model``.
+        model: whole or sharded; a ``Scorer`` is written as a model for the classification of sequences.
         folder: made if it does not exist.
         dtype: what the weights are cast to; None: as they are (the master weights of a sharded model).
 
@@ -303,25 +313,25 @@ def save_hf(model: Model | ShardedModel, folder: str | Path, dtype: torch.dtype 
         UserError: the folder cannot be written (no space, no permission), or the process works in it.
     """
     folder = Path(folder).resolve()
-    if isinstance(model, Model):
+    if not isinstance(model, ShardedModel):
         layout = {name: (dtype or tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
-        _write(model.config, layout, iter(model.state_dict().values()), folder)
+        _write(model, layout, iter(model.state_dict().values()), folder)
         return
-    config = cast(Model, model.module).config
+    module = cast(Model | Scorer, model.module)
     layout = {slot.name: (dtype or shard.data.dtype, slot.shape) for shard in model.shards for slot in shard.slots}
     tensors = map(itemgetter(1), model.state_dict_full())  # unlike a generator it keeps none while the next is made
 
     def write() -> None:
         try:
             if model.mesh.rank == 0:
-                _write(config, layout, tensors, folder)
+                _write(module, layout, tensors, folder)
         finally:
             deque(tensors, maxlen=0)  # a collective: run out on the ranks that write nothing, and after a failure
 
     together(model.mesh, write)
 
 
-def _write(config: ModelConfig, layout: Layout, tensors: Iterator[Tensor], folder: Path) -> None:
+def _write(model: Model | Scorer, layout: Layout, tensors: Iterator[Tensor], folder: Path) -> None:
     if Path.cwd().is_relative_to(folder):
         raise UserError(f"{folder} is replaced as a whole and is the working directory; save to a folder below it")
     staging = None
@@ -333,7 +343,7 @@ def _write(config: ModelConfig, layout: Layout, tensors: Iterator[Tensor], folde
         for name, part in parts.items():
             with _durable(staging / name) as file:
                 write_tensors(file, part, tensors, {"format": "pt"})
-        texts = {CONFIG: _config_json(config, next(iter(layout.values()))[0])}
+        texts = {CONFIG: _config_json(model.config, model.labels, next(iter(layout.values()))[0])}
         if len(parts) > 1:
             texts[INDEX] = _index_json(parts)
         for name, text in texts.items():

@@ -10,7 +10,7 @@ Legend: T tokens, H hidden, I intermediate, V vocabulary, Hq query heads, Hkv ke
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,8 @@ class Model(nn.Module):
         config: sizes and constants; ``tie_word_embeddings`` makes the embedding serve as the head, and then the
             state dict has no ``lm_head.weight``.
     """
+
+    labels: ClassVar[tuple[str, ...]] = ()  # of a classifier, which this is not
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

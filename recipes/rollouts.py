@@ -51,11 +51,20 @@ class Rollouts:
         self.sandbox = open_sandbox(run)
 
     def sample(
-        self, tasks: Sequence[Task], num_generations: int, *, temperature: float, top_p: float, seed: int, record: str
+        self,
+        tasks: Sequence[Task],
+        num_generations: int,
+        *,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        record: str,
+        openings: Sequence[Sequence[str]] | None = None,
     ) -> list[Group]:
         """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together.
 
-        They are written into ``RUN/trajectories/RECORD.rankRANK.jsonl`` as they end.
+        They are written into ``RUN/trajectories/RECORD.rankRANK.jsonl`` as they end. ``openings`` are those of
+        ``run_agent``.
 
         Raises:
             RuntimeError: all of them failed, by log-probabilities that are not finite or by files that are gone.
@@ -78,6 +87,7 @@ class Rollouts:
                     params=params,
                     limits=self._limits,
                     seed=seed,
+                    openings=openings,
                     progress=recorder.add,
                 )
             finally:

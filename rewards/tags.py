@@ -1,7 +1,7 @@
 """R_tag: does the model write its grammar, judged on what the model itself wrote.
 
-Prompt, observations and the closing tags that the agent forces are not looked at. The parser mends what it can and
-names what it mended; here every mend counts against the trajectory.
+Prompt, observations, and the turns and closing tags that the agent forces are not looked at. The parser mends what it
+can and names what it mended; here every mend counts against the trajectory.
 """
 
 import re

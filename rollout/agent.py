@@ -5,6 +5,8 @@ the loop sleeps only when nobody decodes. Ids are kept as they were sampled: onl
 
 The random stream of a turn is (task, sample, turn), so no trajectory depends on which others are sampled beside it,
 or on how long any code takes, unless `max_wall_s` ends it.
+
+A trajectory can start with turns that are already written: their code runs like any other, and then the policy goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,7 +102,9 @@ class _Episode:
 
     trajectory: Trajectory
     grammar: Grammar
-    request: int | None = None
+    number: int  # its task's place in the random stream
+    opening: Sequence[str] = ()  # its first turns
+    request: int | None = None  # from the first turn that the policy writes
     session: Runs | None = None  # from its first code on
     deadline: float = math.inf  # by the monotonic clock
     length: int = 0  # tokens so far
@@ -121,6 +126,7 @@ def run_agent(
     params: SamplingParams,
     limits: AgentLimits,
     seed: int,
+    openings: Sequence[Sequence[str]] | None = None,
     progress: Callable[[Trajectory], None] | None = None,
 ) -> list[Group]:
     """Samples groups of trajectories.
@@ -133,21 +139,28 @@ def run_agent(
         params: how tokens are drawn; its `stop`, `max_tokens` and `seed` are replaced by this function's own.
         limits: when a trajectory ends.
         seed: of the random numbers; the same seed, tasks and weights give the same trajectories.
+        openings: for each task the texts of code turns with which all of its trajectories start, none by default; they
+            are spans of the writer "forced", and they count as turns.
         progress: called with each trajectory as it ends.
 
     Raises:
-        UserError: `num_generations` below 1, a task's file is missing, or a trajectory cannot fit the sampler.
+        UserError: `num_generations` below 1, a task's file is missing, an opening is no code turn of its task's
+            grammar, or a trajectory cannot fit the sampler.
         RuntimeError: the sandbox itself failed, or the sampler holds other ids than a trajectory.
     """
     if num_generations < 1:
         raise UserError(f"num_generations is {num_generations}, expected at least 1")
-    for task in tasks:
+    openings = [()] * len(tasks) if openings is None else openings
+    if len(openings) != len(tasks):
+        raise UserError(f"{len(openings)} openings for {len(tasks)} tasks, expected one for each; an empty one is none")
+    for task, opening in zip(tasks, openings, strict=True):
         task_files(task.files)
+        _check_opening(task, opening)
     loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress)
     groups = [Group(task, [Trajectory(task, index, []) for index in range(num_generations)]) for task in tasks]
     try:
-        for group, number in zip(groups, _stream_numbers(tasks), strict=True):
-            loop.begin(group, number)
+        for group, number, opening in zip(groups, _stream_numbers(tasks), openings, strict=True):
+            loop.begin(group, number, opening)
         loop.run()
     finally:
         loop.abandon()
@@ -174,19 +187,15 @@ class _Loop:
         self._executing: dict[Future[Execution], _Episode] = {}
         self._executed: SimpleQueue[Future[Execution]] = SimpleQueue()
 
-    def begin(self, group: Group, number: int) -> None:
-        """Submits the first turns of a group; `number` is its task's place in the random stream."""
+    def begin(self, group: Group, number: int, opening: Sequence[str]) -> None:
+        """Starts a group with turns that are written; `number` is its task's place in the random stream."""
         grammar = GRAMMARS[group.task.mode]
         prompt_ids = self._tokenizer.encode(grammar.prompt(group.task, self._tokenizer))
         for trajectory in group.trajectories:
-            episode = _Episode(trajectory, grammar)
+            episode = _Episode(trajectory, grammar, number, opening)
             self._episodes.append(episode)
             episode.add(Span("prompt", list(prompt_ids)))
-            if (params := self._turn_params(episode)) is None:
-                self._end(episode, "token_limit")
-                continue
-            episode.request = self._sampler.submit(prompt_ids, params, stream=(number, trajectory.sample, 0))
-            self._writing[episode.request] = episode
+            self._next_turn(episode)
 
     def run(self) -> None:
         """Works until every trajectory has ended."""
@@ -236,18 +245,40 @@ class _Loop:
                 self._end(episode, "time_limit")
 
     def _is_late(self, episode: _Episode, now: float) -> bool:
-        assert episode.request is not None
-        if episode.deadline == math.inf and not self._sampler.is_waiting(episode.request):
+        request = episode.request
+        if episode.deadline == math.inf and request is not None and not self._sampler.is_waiting(request):
             episode.deadline = now + self._max_wall_s
         return now >= episode.deadline
 
-    def _turn_params(self, episode: _Episode) -> SamplingParams | None:
-        """How the next turn is sampled, None if there is no room for it."""
+    def _next_turn(self, episode: _Episode) -> None:
+        """Has the policy write the next turn, or takes it from the opening."""
         room = self._limits.max_trajectory_tokens - episode.length
+        if episode.turns < len(episode.opening):
+            self._write_opening(episode, episode.opening[episode.turns], room)
+            return
         if room < 1:
-            return None
+            self._end(episode, "token_limit")
+            return
         max_tokens = min(room, self._limits.max_tokens_per_turn)
-        return replace(self._params, stop=episode.grammar.stops, max_tokens=max_tokens)
+        params = replace(self._params, stop=episode.grammar.stops, max_tokens=max_tokens)
+        trajectory = episode.trajectory
+        if episode.request is None:
+            stream = (episode.number, trajectory.sample, episode.turns)
+            episode.request = self._sampler.submit(trajectory.token_ids, params, stream=stream)
+        else:
+            behind = takewhile(lambda span: span.writer != "model", reversed(trajectory.spans))
+            unread = [token for span in reversed(list(behind)) for token in span.token_ids]
+            self._sampler.extend(episode.request, unread, params)
+        self._writing[episode.request] = episode
+
+    def _write_opening(self, episode: _Episode, text: str, room: int) -> None:
+        token_ids = self._tokenizer.encode(text)
+        if len(token_ids) > room:
+            self._end(episode, "token_limit")
+            return
+        episode.add(Span("forced", token_ids))
+        episode.turns += 1
+        self._execute(episode, episode.grammar.parse_turn(text))
 
     def _read_turn(self, episode: _Episode, completion: Completion) -> None:
         """Takes a finished turn: it ends the trajectory, or its code goes to the sandbox."""
@@ -267,9 +298,6 @@ class _Loop:
         elif turn.kind == "answer":
             trajectory.answer = turn.content
             self._end(episode, "answered")
-        elif episode.turns >= min(self._limits.max_turns, episode.grammar.max_turns):
-            # Nobody would read what this code prints.
-            self._end(episode, "turn_limit")
         else:
             self._execute(episode, turn)
 
@@ -286,6 +314,10 @@ class _Loop:
 
     def _execute(self, episode: _Episode, turn: ParsedTurn) -> None:
         task = episode.trajectory.task
+        if episode.turns >= min(self._limits.max_turns, episode.grammar.max_turns):
+            # Nobody would read what this code prints.
+            self._end(episode, "turn_limit")
+            return
         if turn.missing:
             # The turn ended by itself without its closing tag; the observation must not start inside it.
             episode.add(Span("forced", self._tokenizer.encode(turn.missing)))
@@ -312,17 +344,11 @@ class _Loop:
         if episode.length + len(token_ids) >= self._limits.max_trajectory_tokens:
             self._end(episode, "token_limit")
             return
-        forced = episode.trajectory.spans[-1]
-        pending = forced.token_ids if forced.writer == "forced" else []
         episode.add(Span("environment", token_ids))
-        params = self._turn_params(episode)
         if episode.errors >= self._limits.max_consecutive_errors:
             self._end(episode, "error_limit")
-        elif params is None or episode.request is None:
-            self._end(episode, "token_limit")
         else:
-            self._sampler.extend(episode.request, [*pending, *token_ids], params)
-            self._writing[episode.request] = episode
+            self._next_turn(episode)
 
     def _fail(self, episode: _Episode, error: str) -> None:
         trajectory = episode.trajectory
@@ -343,6 +369,14 @@ class _Loop:
             session.close()
         if request is not None:
             self._sampler.cancel(request)
+
+
+def _check_opening(task: Task, opening: Sequence[str]) -> None:
+    for number, text in enumerate(opening, 1):
+        if (kind := GRAMMARS[task.mode].parse_turn(text).kind) != "code":
+            raise UserError(
+                f"turn {number} of the opening of task {task.id!r} is {kind}, expected code of {task.mode!r}"
+            )
 
 
 def _stream_numbers(tasks: Sequence[Task]) -> list[int]:

@@ -37,7 +37,7 @@ from nbformat import NotebookNode, v4
 from ..engine.errors import UserError
 from .grammar import GRAMMARS
 from .jupyter import add_failures, add_sql, imitate_sandbox
-from .trajectory import Trajectory
+from .trajectory import Trajectory, turn_starts
 
 if TYPE_CHECKING:
     from ..engine.tokenizer import Tokenizer
@@ -118,11 +118,11 @@ def _turn_cells(record: Mapping[str, Any]) -> list[NotebookNode]:
     grammar = GRAMMARS[record["task"]["mode"]]
     executions, spans = iter(record["executions"]), record["spans"]
     cells: list[NotebookNode] = []
-    turns = [index for index, span in enumerate(spans) if span["writer"] == "model"]
+    turns = turn_starts([span["writer"] for span in spans])
     for number, index in enumerate(turns):
         text = spans[index]["text"]
         turn = grammar.parse_turn(text)
-        about: dict[str, Any] = {"writer": "model", "turn": number}
+        about: dict[str, Any] = {"writer": spans[index]["writer"], "turn": number}
         if turn.repairs:
             about |= {"repairs": turn.repairs, "text": text}
         # What others wrote behind the turn: the closing tag that was forced, the observation.

@@ -5,8 +5,9 @@ Token in, token out: a trajectory holds the ids that were sampled; nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..engine.batch import Example
@@ -31,7 +32,8 @@ class Span:
 
     Args:
         writer: "prompt" and "environment" text comes from outside; "model" tokens were sampled; "forced" tokens were
-            put into the model's text by the agent (a closing tag that it left out).
+            put into the model's text by the agent: behind a model span a closing tag that it left out, elsewhere a turn
+            of an opening (see `agent.run_agent`).
         token_ids: the ids.
         logprobs: model spans: each sampled id's log-probability under the temperature alone, same length; else empty.
     """
@@ -79,8 +81,8 @@ class Trajectory:
 
     @property
     def turns(self) -> int:
-        """Number of model turns."""
-        return sum(span.writer == "model" for span in self.spans)
+        """Number of turns, those of an opening included."""
+        return len(turn_starts([span.writer for span in self.spans]))
 
     @property
     def is_void(self) -> bool:
@@ -88,14 +90,13 @@ class Trajectory:
         return self.status in VOID_STATUSES
 
     def model_text(self, tokenizer: Tokenizer) -> list[str]:
-        """The text of each model turn, in order; a forced span belongs to the turn that it completes."""
-        turns: list[list[int]] = []
-        for span in self.spans:
-            if span.writer == "model":
-                turns.append(list(span.token_ids))
-            elif span.writer == "forced" and turns:
-                turns[-1] += span.token_ids
-        return [tokenizer.decode(ids) for ids in turns]
+        """The text of each turn, in order, with the closing tags that were forced."""
+        starts = turn_starts([span.writer for span in self.spans])
+        texts = []
+        for start, stop in pairwise([*starts, len(self.spans)]):
+            written = [span.token_ids for span in self.spans[start:stop] if span.writer != "environment"]
+            texts.append(tokenizer.decode([token for ids in written for token in ids]))
+        return texts
 
     def to_record(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The trajectory in words, for files and for the terminal; training needs the ids and never reads this.
@@ -134,6 +135,15 @@ class Group:
 
     task: Task
     trajectories: list[Trajectory]
+
+
+def turn_starts(writers: Sequence[Writer]) -> list[int]:
+    """Indices of the spans with which turns begin: the model's, and forced ones that complete no other span."""
+    return [
+        index
+        for index, (last, writer) in enumerate(zip((None, *writers), writers, strict=False))
+        if writer == "model" or (writer == "forced" and last not in ("model", "forced"))
+    ]
 
 
 def spans_to_example(

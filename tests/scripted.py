@@ -170,11 +170,12 @@ def rollout(
     limits: AgentLimits = LIMITS,
     sandbox: ScriptedSandbox | None = None,
     seed: int = 0,
+    openings: Sequence[Sequence[str]] | None = None,
 ) -> tuple[list[Group], ScriptedSampler, ScriptedSandbox]:
     sampler, sandbox = ScriptedSampler(script, seed), sandbox or ScriptedSandbox()
     groups = run_agent(
         sampler, sandbox, tasks, tokenizer=Characters(), num_generations=generations,
-        params=SamplingParams(), limits=limits, seed=3,
+        params=SamplingParams(), limits=limits, seed=3, openings=openings,
     )  # fmt: skip
     assert sorted(sampler.released) == sorted(sampler.contexts)
     assert all(session.closed for session in sandbox.sessions)
