@@ -19,6 +19,7 @@ from groupwise.engine.objective import LOSS_TYPES, count, policy_loss, weigh
 from groupwise.kernels import grouped_logprob
 
 LENGTHS = (12, 1, 7, 12, 5)  # completion tokens of each sequence
+STEPS = (0.6, 0.0, -0.5, 0.4, 0.0)  # mean log-ratios, so that whole sequences are beyond each clip
 EPSILON, EPSILON_HIGH, CAP, CONSTANT = 0.15, 0.3, 1.4, 20
 VOCABULARY, HIDDEN, TEMPERATURE = 19, 8, 0.8
 SETTINGS: list[dict[str, Any]] = [
@@ -65,7 +66,7 @@ def make_samples(logprob: Tensor) -> Samples:
 
     tool_mask = (torch.rand(B, L, generator=generator) < 0.8).float()
     tool_mask[-1] = 0.0
-    old = near(logprob.detach())
+    old = near(logprob.detach()) - torch.tensor(STEPS)[:, None]
     return Samples(
         completion_ids=torch.randint(VOCABULARY, (B, L), generator=generator),
         completion_mask=(torch.arange(L) < torch.tensor(LENGTHS)[:, None]).float(),

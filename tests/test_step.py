@@ -150,25 +150,11 @@ def test_a_zero_loss_moves_nothing_without_decay():
 
 def test_updates_of_one_step_are_one_record():
     """Means of what each update has once, sums of what it counts; a loss counts only where it had tokens."""
-    first = {
-        "policy_loss": 1.0,
-        "policy_tokens": 30.0,
-        "sft_loss": 0.0,
-        "sft_tokens": 0.0,
-        "ratio_max": 1.0,
-        "r_min": 1.0,
-    }
-    second = first | {"policy_loss": 2.5, "sft_loss": 4.0, "sft_tokens": 7.0, "ratio_max": 1.5, "r_min": 0.5}
+    first = {"policy_loss": 1.0, "policy_tokens": 30.0, "sft_loss": 0.0, "sft_tokens": 0.0, "x_max": 1.0, "x_min": 1.0}
+    second = {"policy_loss": 2.5, "policy_tokens": 9.0, "sft_loss": 4.0, "sft_tokens": 7.0, "x_max": 1.5, "x_min": 0.5}
+    both = {"policy_loss": 1.75, "policy_tokens": 39.0, "sft_loss": 4.0, "sft_tokens": 7.0, "x_max": 1.5, "x_min": 0.5}
     record = merged([Update(1.0, 0.5, 0.1, 0, first), Update(3.0, 1.0, 0.2, 0, second)])
-    assert record == Update(
-        loss=2.0,
-        grad_norm=0.75,
-        lr=0.2,
-        skipped=0,
-        stats={
-            "policy_loss": 1.75, "policy_tokens": 60.0, "sft_loss": 4.0, "sft_tokens": 7.0, "ratio_max": 1.5, "r_min": 0.5,
-        },
-    )  # fmt: skip
+    assert record == Update(loss=2.0, grad_norm=0.75, lr=0.2, skipped=0, stats=both)
     assert merged([record]) == record
 
 
