@@ -37,7 +37,6 @@ class RunConfig:
         "auto", "what serves the attention of training; auto: the first of them that the machine has", changeable=True
     )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
-    keep_checkpoints: int = setting(2, "newest checkpoints that stay on disk", minimum=1, changeable=True)
 
 
 @dataclass(frozen=True)
@@ -132,26 +131,39 @@ class DataConfig:
     tables: str = setting("", "folder of .csv tables; empty: those bundled with scikit-learn and statsmodels")
     num_trajectories: int = setting(3000, "expert trajectories for SFT", minimum=1)
     num_eval_tasks: int = setting(240, "tasks on the tables kept for evaluation", minimum=1)
-    num_views: int = setting(400, "renamed views of the training tables", minimum=1)
-    max_rows: int = setting(20000, "tables with more rows are dropped", minimum=20)
-    corrected: float = setting(0.35, "share of trajectories with an error that is corrected", minimum=0, maximum=1)
-    self_corrected: float = setting(0.15, "share that notices and redoes a wrong step", minimum=0, maximum=1)
-    failure: float = setting(0.10, "share that fails to the end", minimum=0, maximum=1)
-    agentic: float = setting(0.05, "share in the agentic grammar", minimum=0, maximum=1)
-    reflection: float = setting(0.05, "share in the reflection grammar", minimum=0, maximum=1)
+    strata: str = setting(
+        "40/35/15/10",
+        "percent of trajectories that succeed, correct an error, notice and redo a wrong step, fail to the end",
+    )
+    modes: str = setting("90/5/5", "percent of trajectories in the grammars datamind, agentic, reflection")
 
     def __post_init__(self) -> None:
-        for names in (("corrected", "self_corrected", "failure"), ("agentic", "reflection")):
-            total = sum(getattr(self, name) for name in names)
-            if total > 1 + 1e-9:
-                raise UserError(f"data.{' + data.'.join(names)} is {total:g}, expected at most 1; lower one of them")
+        self.strata_shares()
+        self.mode_shares()
+
+    def strata_shares(self) -> dict[str, float]:
+        """Share of each stratum, in all 1 (Datarus-R1, arXiv 2508.13382, has 40/35/15/10)."""
+        return _shares("data.strata", self.strata, ("success", "corrected", "self_corrected", "failure"))
+
+    def mode_shares(self) -> dict[str, float]:
+        """Share of each grammar, in all 1."""
+        return _shares("data.modes", self.modes, ("datamind", "agentic", "reflection"))
+
+
+def _shares(key: str, text: str, names: Sequence[str]) -> dict[str, float]:
+    try:
+        values = [float(part) for part in text.split("/")]
+    except ValueError:
+        values = []
+    if len(values) != len(names) or not all(value >= 0 for value in values) or abs(sum(values) - 100) > 1e-6:
+        raise UserError(f"{key} is {text!r}, expected {len(names)} percentages of {'/'.join(names)} that add up to 100")
+    return {name: value / 100 for name, value in zip(names, values, strict=True)}
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and the optimisation step, of every recipe."""
 
-    beta2: float = setting(0.95, "decay of the second moment", minimum=0, maximum=0.99999)
     weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
@@ -185,9 +197,9 @@ class SFTConfig:
 
     steps: int = setting(500, "optimiser steps", minimum=1)
     sequences_per_step: int = setting(32, "trajectories in a step, over all ranks", minimum=1)
-    lr: float = setting(3e-3, "peak learning rate", minimum=0)
-    warmup_steps: int = setting(20, "linear warm-up", minimum=0)
-    min_lr_ratio: float = setting(0.1, "learning rate at the end of the cosine, as a share of the peak", minimum=0)
+    lr: float = setting(
+        3e-3, "peak learning rate, after a tenth of the steps; it falls by a cosine to a tenth", minimum=0
+    )
     wordings: int = setting(
         0,
         "learn from questions in the first so many wordings of each kind only, the others are left to GRPO; 0: all",
@@ -196,9 +208,6 @@ class SFTConfig:
     fresh_names: bool = setting(
         False,
         "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",
-    )
-    prompt_loss_steps: int = setting(
-        0, "steps in which prompts are learnt too, ever less, which helps a model made from nothing; 0: none", minimum=0
     )
 
 
@@ -266,6 +275,23 @@ class SandboxConfig:
 
 
 @dataclass(frozen=True)
+class HRMConfig:
+    """The hierarchical reward model, which scores the steps of a trajectory (datarus)."""
+
+    folder: str = setting("", "folder of a trained one; empty: the run's own, where hrm.steps trains it")
+    steps: int = setting(
+        0, "optimiser steps, of sft.sequences_per_step trajectories each; 0: none is trained", minimum=0
+    )
+    lr: float = setting(1e-3, "peak learning rate, which moves as that of SFT", minimum=0)
+    search_tasks: int = setting(
+        0, "tasks on which the policy's own steps are labelled, by how many of their continuations are right", minimum=0
+    )
+    labels: Literal["binary", "graded"] = setting(
+        "binary", "of a step: 0 or 1; graded: 1/2 where it ran and its trajectory's answer is wrong"
+    )
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """What a trajectory earns."""
 
@@ -276,6 +302,15 @@ class RewardConfig:
     lambda_schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "way from lambda_max to lambda_min")
     length_coef: float = setting(0.1, "cost of tokens over length_target (datarus)", minimum=0)
     length_target: int = setting(512, "completion tokens that cost nothing (datarus)", minimum=1)
+    overlong_buffer: int = setting(
+        0,
+        "last tokens before rollout.max_trajectory_tokens, over which the reward falls by 1, and what is truncated "
+        "keeps its loss; 0: no such cost",
+        minimum=0,
+    )
+    judge: str = setting(
+        "", "of free-text answers: MODEL@URL of an OpenAI-compatible endpoint, or a checkpoint's folder; empty: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -285,6 +320,11 @@ class GRPOConfig:
     steps: int = setting(50, "optimiser steps", minimum=1)
     prompts_per_step: int = setting(16, "tasks in a step, over all ranks", minimum=1)
     num_generations: int = setting(8, "trajectories of a task: the group", minimum=2)
+    max_sampling_rounds: int = setting(
+        1, "rounds of new tasks in the place of those whose group has no contrast; 1: none are replaced", minimum=1
+    )
+    num_iterations: int = setting(1, "passes over a step's trajectories", minimum=1)
+    num_minibatches: int = setting(1, "updates in a pass, of as many groups each", minimum=1)
     lr: float = setting(3e-4, "learning rate after warm-up", minimum=0)
     warmup_steps: int = setting(5, "linear warm-up", minimum=0)
     min_lr_ratio: float = setting(
@@ -299,7 +339,11 @@ class GRPOConfig:
     mu_valley: float = setting(0.0, "weight of the experts' likelihood at the end of its decay", minimum=0, maximum=1)
     mu_warmup_steps: int = setting(0, "steps in which that weight rises to mu_peak", minimum=0)
     mu_decay_steps: int = setting(0, "steps in which it falls to mu_valley, by a cosine", minimum=0)
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = setting("dapo", "how token losses are averaged")
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = setting(
+        "dapo",
+        "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant; gspo: grpo with one ratio a "
+        "trajectory; cispo: dapo with clipped ratios as weights",
+    )
     epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
     epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)
     dual_clip: float = setting(
@@ -309,10 +353,9 @@ class GRPOConfig:
     delta_max: float = setting(4.0, "bound of log-probability differences", minimum=0)
     importance_correction: Literal["none", "truncated", "mask"] = setting(
         "none",
-        "weight of a token by trainer's over sampler's probability; truncated: at most grpo.importance_cap; mask: 0 "
-        "beyond it",
+        "weight of a token by trainer's over sampler's probability; truncated: at most 2; mask: 0 beyond 2",
     )
-    importance_cap: float = setting(2.0, "bound of that weight", minimum=1)
+    entropy_coef: float = setting(0.0, "weight of the policy's entropy, which is added to what is maximised", minimum=0)
     scale_rewards: bool = setting(True, "divide advantages by the group's deviation")
     mask_void: bool = setting(True, "no policy-gradient loss on trajectories with a void turn or no answer")
 
@@ -321,6 +364,11 @@ class GRPOConfig:
             raise UserError(
                 f"grpo.dual_clip is {self.dual_clip:g}, expected 0 or more than 1 + grpo.epsilon_high, "
                 f"{1 + self.epsilon_high:g}; raise it"
+            )
+        if self.num_minibatches > self.prompts_per_step:
+            raise UserError(
+                f"grpo.num_minibatches is {self.num_minibatches}, expected at most grpo.prompts_per_step, "
+                f"{self.prompts_per_step}; lower it"
             )
 
 
@@ -344,6 +392,7 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    hrm: HRMConfig = field(default_factory=HRMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

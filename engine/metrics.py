@@ -88,7 +88,7 @@ class Metrics:
             return
         with _readable_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_from(self.path, start_step)
+            drop_from(self.path, start_step)
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
             board = str(Path(folder) / "tensorboard" / phase)
             self._board = SummaryWriter(board, purge_step=start_step, flush_secs=10)
@@ -302,7 +302,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _drop_from(path: Path, step: int) -> None:
+def drop_from(path: Path, step: int) -> None:
     """Keeps the records before ``step``; the file is replaced whole or not at all."""
     if not path.exists():
         return

@@ -27,8 +27,9 @@ from .batch import Batch, Example
 from .errors import UserError
 from .model import PackedAttention
 
-LOSS_TYPES = ("dapo", "grpo", "dr_grpo")
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "gspo", "cispo")
 IMPORTANCE_CORRECTIONS = ("none", "truncated", "mask")
+IMPORTANCE_CAP = 2.0  # bound of a token's importance weight
 EPSILON = 1e-6  # keeps an advantage finite where a group hardly varies
 
 Stats = dict[str, Tensor]
@@ -115,8 +116,8 @@ def token_weights(
 ) -> list[float]:
     """Weights by which a plain sum of token losses becomes the mean of ``loss_type``.
 
-    dapo: one mean over all tokens of the global batch (DAPO, arXiv 2503.14476, eq. 12). grpo: mean over a sequence's
-    tokens, then over sequences (arXiv 2402.03300, eq. 3). dr_grpo: sum over tokens by the constant
+    dapo, cispo: one mean over all tokens of the global batch (DAPO, arXiv 2503.14476, eq. 12). grpo, gspo: mean over a
+    sequence's tokens, then over sequences (arXiv 2402.03300, eq. 3). dr_grpo: sum over tokens by the constant
     ``sequences x max_completion_tokens`` (arXiv 2503.20783). A sequence without loss has weights 0.
 
     Args:
@@ -124,16 +125,15 @@ def token_weights(
         counts: over all ranks.
         max_completion_tokens: the constant of dr_grpo; the others do not look at it.
     """
-    if loss_type == "dapo":
+    _check_loss_type(loss_type)
+    if loss_type in ("dapo", "cispo"):
         divisor = counts.tokens
-    elif loss_type == "grpo":
+    elif loss_type in ("grpo", "gspo"):
         divisor = math.fsum(loss_mask) * counts.sequences
-    elif loss_type == "dr_grpo":
+    else:
         if max_completion_tokens < 1:
             raise UserError(f"max_completion_tokens is {max_completion_tokens}; dr_grpo divides by it, give at least 1")
         divisor = counts.sequences * max_completion_tokens
-    else:
-        raise UserError(f"loss_type {loss_type!r} is unknown; use one of {', '.join(LOSS_TYPES)}")
     return [weight / divisor if weight else 0.0 for weight in loss_mask]
 
 
@@ -162,6 +162,7 @@ def policy_loss(
     policy: Any,
     batch: Batch,
     *,
+    loss_type: str = "dapo",
     temperature: float = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -169,32 +170,40 @@ def policy_loss(
     beta: float = 0.0,
     delta_max: float = 4.0,
     importance_correction: str = "none",
-    importance_cap: float = 2.0,
+    importance_cap: float = IMPORTANCE_CAP,
+    entropy_coef: float = 0.0,
     gamma: float = 0.0,
     entropy: bool = True,
 ) -> tuple[Tensor, Stats]:
     """``gamma * SFT + (1 - gamma) * RL``: expert tokens by their likelihood, the others by the clamped policy gradient.
 
-    RL is ``kernels.clamped_delta_loss``: with d = clamp(logp - logp_old, -delta_max, delta_max) and r = exp(d), a token
-    costs ``-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3``, w its importance weight. Where
-    ``batch.old_logprob`` is None this is the first update on these samples, and the old log-probabilities are the
-    policy's own. A token with a non-finite input makes the loss NaN, without a gradient from this batch.
-    Source: DAPO, arXiv 2503.14476, eq. 10, for the two clips; DataMind, arXiv 2509.25084, for the mix.
+    RL is ``kernels.clamped_delta_loss``, for gspo with the ratio of the sequence (``sequence_old_logprob``), or
+    ``cispo_loss``, less ``entropy_coef`` times the weighted sum of the tokens' entropies. Where ``batch.old_logprob``
+    is None this is the first update on these samples, and the old log-probabilities are the policy's own. A token with
+    a non-finite input makes the loss NaN, without a gradient from this batch.
+    Source: DataMind, arXiv 2509.25084, for the mix.
 
     Args:
         policy: called as ``engine.model.Model``, sharded or not.
+        loss_type: that of the batch's weights, see ``weigh``; here gspo and cispo alone differ from the others.
         temperature: of the rollout.
         dual_clip: bound of the ratio of tokens of negative advantage; None: no bound.
         importance_correction: as ``importance_weights``, which has ``importance_cap`` for its ``cap``.
+        entropy_coef: of the entropy bonus; the weights are those of the policy term, so it is a mean as that one is.
         gamma: share of the SFT term; 0 where the batch has no expert tokens to learn from.
-        entropy: whether the policy's entropy is measured on the way.
+        entropy: whether the policy's entropy is measured on the way; a bonus needs it in any case.
+
+    Raises:
+        UserError: ``loss_type`` is none of LOSS_TYPES, or ``importance_correction`` none of IMPORTANCE_CORRECTIONS.
     """
-    logprob, entropies = _forward(policy, batch, temperature=temperature, entropy=entropy)
+    _check_loss_type(loss_type)
+    logprob, entropies = _forward(policy, batch, temperature=temperature, entropy=entropy or entropy_coef != 0.0)
     old = logprob.detach() if batch.old_logprob is None else batch.old_logprob
     weight = batch.weight.masked_fill(batch.expert, 0.0)
-    reinforce, stats = clamped_delta_loss(
+    token_loss = cispo_loss if loss_type == "cispo" else clamped_delta_loss
+    reinforce, stats = token_loss(
         logprob,
-        old,
+        sequence_old_logprob(logprob, old, weight, batch.cu_seqlens) if loss_type == "gspo" else old,
         batch.advantage,
         weight,
         ref_logprob=batch.ref_logprob,
@@ -205,17 +214,85 @@ def policy_loss(
         beta=beta,
         delta_max=delta_max,
     )
-    expert_weight = batch.weight.masked_fill(~batch.expert, 0.0)
-    imitate = -(logprob * expert_weight).sum()
+    imitate = -(logprob * batch.weight.masked_fill(~batch.expert, 0.0)).sum()
     loss = gamma * imitate + (1.0 - gamma) * reinforce
+    if entropies is not None and entropy_coef:  # else the entropy is in no graph, and the backward pass is spared it
+        loss = loss - (1.0 - gamma) * entropy_coef * (entropies * weight.nan_to_num(0.0, 0.0, 0.0)).sum()
     loss = loss.masked_fill(stats["nonfinite"] > 0, math.nan)
-    stats = {**stats, **mismatch(old, batch.rollout_logprob, weight)}
     stats |= {"sft_loss": imitate.detach(), "policy_loss": reinforce.detach()}
-    stats["sft_tokens"] = (expert_weight != 0).sum().float()
-    stats["ref_tokens"] = stats["tokens"] * (batch.ref_logprob is not None)
-    if entropies is not None:
-        stats["entropy_sum"] = entropies.detach().masked_fill(weight == 0, 0.0).sum()
-    return loss, stats
+    return loss, stats | _measured(batch, old, weight, entropies, stats.pop("tokens"))
+
+
+@torch.no_grad()
+def sequence_old_logprob(logprob: Tensor, old_logprob: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Old log-probabilities from which every token of a sequence has the ratio of the sequence.
+
+    That is s = exp(mean of logprob - old_logprob) over the sequence's tokens by their weights, and each token's own
+    gradient of it: GSPO-token, arXiv 2507.18071, eq. 14, of which GSPO, eq. 5, is the case of one advantage a sequence.
+
+    Args:
+        logprob: [T] of the policy.
+        old_logprob: [T].
+        weight: [T]; a token of weight 0 counts for nothing.
+        cu_seqlens: [N+1], bounds of the segments: a sequence's loss lies in one, and that one has no other's.
+
+    Returns:
+        [T] of logprob's dtype; not finite where a token's own difference is not, which spoils no other token.
+    """
+    delta = logprob - old_logprob
+    used = weight.where((weight != 0) & delta.isfinite() & weight.isfinite(), 0.0).double()
+    lengths = cu_seqlens.diff()
+    # Sums by segment, and not by index, whose order on a GPU differs from run to run.
+    sums, total = (
+        torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+        for values in (used * delta.where(used != 0, 0.0), used)
+    )
+    mean = sums / total.masked_fill(total == 0, 1.0)
+    mean = mean.repeat_interleave(lengths, output_size=len(delta)).to(logprob.dtype)
+    return torch.where(delta.isfinite(), logprob - mean, delta)
+
+
+def cispo_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    *,
+    ref_logprob: Tensor | None = None,
+    importance_weight: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    beta: float = 0.0,
+    delta_max: float = 4.0,
+) -> tuple[Tensor, Stats]:
+    """Sum over tokens of weight x (-w min(r, 1 + clip_high) A logprob + beta k3), the bounded ratio a constant.
+
+    So a token beyond the clip keeps a gradient. Arguments, results and errors as ``kernels.clamped_delta_loss``, but
+    there is no lower bound, and ``dual_clip`` lies above the upper one, so never binds. ``clip_high`` of the statistics
+    counts the bounded ratios for either sign of A; ``clip_low`` and ``dual_clip`` are 0.
+    Source: MiniMax-M1, arXiv 2506.13585, eq. 4 and 5, without the lower bound, as there.
+    """
+    importance = torch.ones_like(weight) if importance_weight is None else importance_weight
+    # The KL term and the statistics: importance 0 takes the other policy term out, and |A| has the upper clip alone.
+    divergence, stats = clamped_delta_loss(
+        logprob,
+        old_logprob,
+        advantage.abs(),
+        weight,
+        ref_logprob=ref_logprob,
+        importance_weight=0.0 * importance,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        beta=beta,
+        delta_max=delta_max,
+    )
+    with torch.no_grad():
+        ratio = (logprob - old_logprob).clamp(-delta_max, delta_max).exp().clamp(max=1.0 + clip_high)
+        gain = weight * importance * ratio * advantage
+        live = (weight != 0) & gain.isfinite() & logprob.isfinite()
+    return divergence - (gain.where(live, 0.0) * logprob.where(live, 0.0)).sum(), stats
 
 
 @torch.no_grad()
@@ -262,7 +339,7 @@ def summarise(stats: Mapping[str, float]) -> dict[str, float]:
     """
     names = {"policy_loss": "loss/policy", "sft_loss": "loss/sft"}
     out = {name: stats[key] for key, name in names.items() if key in stats}
-    tokens = stats.get("tokens", 0.0)
+    tokens = stats.get("policy_tokens", 0.0)
     if tokens > 0:
         means = {
             "clip_low": "clip_ratio/low_mean",
@@ -289,6 +366,21 @@ def summarise(stats: Mapping[str, float]) -> dict[str, float]:
     if stats.get("sft_tokens", 0.0) > 0:
         out["tokens/sft"] = stats["sft_tokens"]
     return out
+
+
+def _measured(batch: Batch, old: Tensor, weight: Tensor, entropies: Tensor | None, tokens: Tensor) -> Stats:
+    """What ``policy_loss`` says beside its terms; ``tokens`` are those of the policy term."""
+    stats = {"policy_tokens": tokens, **mismatch(old, batch.rollout_logprob, weight)}
+    stats["sft_tokens"] = (batch.expert & (batch.weight != 0)).sum().float()
+    stats["ref_tokens"] = tokens * (batch.ref_logprob is not None)
+    if entropies is not None:
+        stats["entropy_sum"] = entropies.detach().masked_fill(weight == 0, 0.0).sum()
+    return stats
+
+
+def _check_loss_type(loss_type: str) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise UserError(f"loss_type {loss_type!r} is unknown; use one of {', '.join(LOSS_TYPES)}")
 
 
 def _forward(policy: Any, batch: Batch, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:

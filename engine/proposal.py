@@ -11,7 +11,6 @@ from typing import Any
 
 from .config import Config
 from .errors import UserError
-from .optim import BFLOAT16_DECAY
 from .planner import PHASES, Plan, compute_bytes, plan_memory
 
 # The rest of a GPU is for the CUDA context, NCCL, cuBLAS and what the allocator cannot use again; not yet measured.
@@ -99,7 +98,7 @@ def _options(config: Config, device_type: str) -> Iterator[tuple[str, str, list[
     if device_type == "cuda":
         places = ["none", "reference", "all"]
         table.append(("optimizer", "offload", places[places.index(settings.offload) + 1 :]))
-    if settings.moments_dtype == "float32" and settings.beta2 <= BFLOAT16_DECAY:
+    if settings.moments_dtype == "float32":
         table.append(("optimizer", "moments_dtype", ["bfloat16"]))
     return (option for option in table if option[2])
 

@@ -87,3 +87,11 @@ def mixing_schedule(
             f"{total_steps} steps, so mu_valley is never reached; shorten them or run longer"
         )
     return Schedule("cosine", start=mu_peak, end=mu_valley, steps=max(steps, 1), warmup=mu_warmup_steps)
+
+
+def fitting_rate(peak: float, steps: int) -> Schedule:
+    """Learning rate of supervised training: up to ``peak`` in a tenth of the steps, then by a cosine down to a tenth.
+
+    Source: DataMind, arXiv 2509.25084, warm-up ratio 0.1 and cosine.
+    """
+    return Schedule("cosine", peak, peak / 10, steps, warmup=steps // 10)

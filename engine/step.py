@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -42,14 +43,14 @@ class Update:
         loss: summed over micro-batches and ranks.
         grad_norm: global, before clipping.
         lr: the learning rate.
-        skipped: nothing was changed, because the loss or the norm was not finite.
+        skipped: 1 where nothing was changed, because the loss or the norm was not finite; of ``merged``, their number.
         stats: the loss function's, added up over micro-batches and ranks; extremes where a name ends in _max or _min.
     """
 
     loss: float
     grad_norm: float
     lr: float
-    skipped: bool = False
+    skipped: int = 0
     stats: dict[str, float] = field(default_factory=dict)
 
 
@@ -101,13 +102,39 @@ def optimise(
     grad_norm = clip_grad_norm(policy.shards, max_grad_norm, mesh)
     reduced = _over_ranks(totals, mesh)
     loss_sum = reduced.pop("loss")
-    update = Update(loss_sum, grad_norm, lr, not (math.isfinite(loss_sum) and math.isfinite(grad_norm)), reduced)
+    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+    update = Update(loss_sum, grad_norm, lr, int(not finite), reduced)
     if update.skipped:
         _leave_out(policy, optimizer, batches, update, mesh, max_bad_steps, bad_batch_folder)
     else:
         optimizer.step(lr)
     policy.zero_grad()
     return update
+
+
+def merged(updates: Sequence[Update]) -> Update:
+    """The updates of one step, passes and mini-batches, as one record.
+
+    Of the updates that had batches and were not skipped, or of all where there is none: loss and gradient norm are
+    means, and stats add up, with extremes as ever. A ``NAME_loss`` of the stats holds its divisor, so it is a mean,
+    over the updates that had tokens of that kind (``NAME_tokens``).
+
+    Args:
+        updates: at least one; the learning rate is that of the last.
+    """
+    made = [update for update in updates if update.stats and not update.skipped] or updates
+    stats = _joined([update.stats for update in made])
+    for name in stats:
+        if name.endswith("_loss"):
+            tokens = name.removesuffix("loss") + "tokens"
+            stats[name] /= max(1, sum(update.stats.get(tokens, 0.0) > 0 for update in made))
+    return Update(
+        loss=fmean(update.loss for update in made),
+        grad_norm=fmean(update.grad_norm for update in made),
+        lr=updates[-1].lr,
+        skipped=sum(update.skipped for update in updates),
+        stats=stats,
+    )
 
 
 def level(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
@@ -169,7 +196,11 @@ def _accumulate(totals: dict[str, torch.Tensor], stats: Mapping[str, torch.Tenso
 def _over_ranks(totals: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, float]:
     """Totals over all ranks, in the order of the ranks; one transfer from the device, one collective."""
     own = dict(zip(totals, torch.stack([value.reshape(()) for value in totals.values()]).tolist(), strict=True))
-    merged: dict[str, torch.Tensor] = {}
-    for row in mesh.all_gather_object(own):
-        _accumulate(merged, {name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()})
-    return {name: value.item() for name, value in merged.items()}
+    return _joined(mesh.all_gather_object(own))
+
+
+def _joined(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    totals: dict[str, torch.Tensor] = {}
+    for row in rows:
+        _accumulate(totals, {name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()})
+    return {name: value.item() for name, value in totals.items()}

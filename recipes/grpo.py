@@ -57,7 +57,6 @@ def grpo(run: Run) -> Path:
         beta=settings.beta,
         delta_max=settings.delta_max,
         importance_correction=settings.importance_correction,
-        importance_cap=settings.importance_cap,
     )
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.trajectories import Expert
 from ..engine.batch import balance, pack
 from ..engine.objective import count, sft_loss, weigh
-from ..engine.schedule import Schedule
+from ..engine.schedule import Schedule, fitting_rate
 from ..engine.tokenizer import Tokenizer
 from ..kernels.linear import ROWS
 from ..rollout.grammar import all_tags
@@ -22,7 +22,7 @@ from .policy import Policy, create_policy, load_policy, save_policy
 from .run import Run, launch
 from .training import Training, places
 
-PROMPT_WEIGHT = 0.2  # of a prompt's tokens in the first step, where they are learnt
+PROMPT_WEIGHT = 0.2  # of a prompt's tokens in the first step of a model made from nothing
 
 
 def sft(run: Run) -> Path:
@@ -33,10 +33,10 @@ def sft(run: Run) -> Path:
     experts = Experts(run)
     policy = first_policy(run, experts.all)
     shown = experts.in_wordings(settings.wordings)
-    lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
-    steps = settings.prompt_loss_steps
-    prompt_weight = Schedule("linear", PROMPT_WEIGHT if steps else 0.0, 0.0, max(steps, 1))
-    training = Training(run, policy, "sft", settings.steps, lr)
+    # A model made from nothing learns to copy on prompts too; later their random names are noise.
+    weight = 0.0 if run.config.model.folder else PROMPT_WEIGHT
+    prompt_weight = Schedule("linear", weight, 0.0, max(settings.steps // 5, 1))
+    training = Training(run, policy, "sft", settings.steps, fitting_rate(settings.lr, settings.steps))
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)
         examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))

@@ -41,22 +41,18 @@ def synthesize(run: Run) -> Path:
 
 def _make(config: Config, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
     data, seed = config.data, config.run.seed
-    tables, dropped = find_tables(data.tables or None, max_rows=data.max_rows)
+    tables, dropped = find_tables(data.tables or None)
     training, held_out = split_tables(tables, seed=seed)
-    modes = {"datamind": 1 - data.agentic - data.reflection, "agentic": data.agentic, "reflection": data.reflection}
-    strata = {
-        "success": 1 - data.corrected - data.self_corrected - data.failure,
-        "corrected": data.corrected,
-        "self_corrected": data.self_corrected,
-        "failure": data.failure,
-    }
+    modes = data.mode_shares()
 
     # Names of the evaluation tables never come up in training.
-    views = training_views(training, data.num_views, seed=seed, avoid=headers(held_out))
+    views = training_views(training, max(1, data.num_trajectories * 2 // 5), seed=seed, avoid=headers(held_out))
     tables_folder = folder / "tables"
     to_solve = make_problems(views, data.num_trajectories, seed=seed, name="train", folder=tables_folder, modes=modes)
     with ProgressBar(len(to_solve), "synthesize") as bar:
-        experts, report = build_trajectories(to_solve, sandbox, seed=seed, strata=strata, on_done=bar.advance)
+        experts, report = build_trajectories(
+            to_solve, sandbox, seed=seed, strata=data.strata_shares(), on_done=bar.advance
+        )
     write_experts(folder / "experts.jsonl", experts)
     views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
     to_ask = make_problems(views, data.num_eval_tasks, seed=seed, name="eval", folder=tables_folder, modes=modes)

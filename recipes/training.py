@@ -18,7 +18,8 @@ from .policy import Policy
 from .run import Run
 
 LINE_EVERY = 10  # steps between two lines on the console
-BETA1 = 0.9  # of AdamW
+BETAS = (0.9, 0.95)  # of AdamW
+KEPT_CHECKPOINTS = 2
 
 
 class Training:
@@ -39,7 +40,7 @@ class Training:
         self.optimizer = AdamW(
             policy.model.shards,
             lr=lr(0),
-            betas=(BETA1, settings.beta2),
+            betas=BETAS,
             weight_decay=settings.weight_decay,
             moments_dtype=getattr(torch, settings.moments_dtype),
         )
@@ -49,7 +50,7 @@ class Training:
             state = load_checkpoint(checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
             self.start = state["step"]
             run.say(f"{phase}: resumed after step {self.start}")
-        self.saver = Saver(checkpoints, run.mesh, run.config.run.keep_checkpoints)
+        self.saver = Saver(checkpoints, run.mesh, KEPT_CHECKPOINTS)
         self.metrics = Metrics(
             run.folder, run.mesh, phase=phase, start_step=self.start, total_steps=stop, console_every=LINE_EVERY
         )

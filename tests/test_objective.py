@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bigram import Bigram, make_examples
 from distributed import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from toys import alone, small_model
 from groupwise.engine.batch import Batch, Example, balance, empty_batch, pack
 from groupwise.engine.errors import UserError
 from groupwise.engine.objective import (
+    LOSS_TYPES,
     Counts,
     count,
     group_advantages,
@@ -30,45 +32,6 @@ from groupwise.engine.objective import (
 from groupwise.engine.optim import AdamW
 from groupwise.engine.shard import ShardedModel
 from groupwise.engine.step import optimise
-
-VOCABULARY = 11
-
-
-class Bigram:
-    """A policy whose log-probabilities depend on the input token alone, so that a loop can repeat them."""
-
-    def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.table = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64).requires_grad_()
-
-    def __call__(self, input_ids, positions, attention, targets, temperature=1.0, entropy=False):  # type: ignore[no-untyped-def]
-        logprobs = (self.table[input_ids] / temperature).log_softmax(-1)
-        chosen = logprobs.gather(-1, targets.clamp(min=0)[:, None])[:, 0].masked_fill(targets < 0, 0.0)
-        return chosen.float(), -(logprobs.exp() * logprobs).sum(-1).float() if entropy else None
-
-    def logprob(self, before: int, token: int, temperature: float = 1.0) -> float:
-        row = self.table[before].detach().numpy() / temperature
-        return float(row[token] - np.log(np.exp(row).sum()))
-
-
-def make_examples(seed: int, sequences: int = 6, expert: bool = False) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    out = []
-    for i in range(sequences):
-        tokens = int(draw.integers(2, 9))
-        ids = draw.integers(0, VOCABULARY, tokens).tolist()
-        mask = [0.0, *(draw.random(tokens - 1) < 0.7).astype(float).tolist()]
-        old = (-3 * draw.random(tokens)).tolist()
-        out.append(Example(ids, mask, float(draw.normal()), old, i, expert and i % 2 == 1))
-    out.append(Example([1, 2], [0.0, 0.0], 1.0, [0.0, 0.0]))  # a masked one
-    return out
-
-
-def naive_token(logp: float, old: float, advantage: float, ref: float, low: float, high: float, beta: float, d: float):  # type: ignore[no-untyped-def]
-    ratio = math.exp(min(max(logp - old, -d), d))
-    clipped = min(max(ratio, 1 - low), 1 + high)
-    e = min(max(ref - logp, -d), d)
-    return -min(ratio * advantage, clipped * advantage) + beta * (math.exp(e) - e - 1)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=9), st.booleans())
@@ -102,16 +65,16 @@ def test_informative() -> None:
     assert not informative([])
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_token_weights(loss_type: str) -> None:
     examples = make_examples(3)
     counts = count(examples)
     values = [[float(i + t) for t in range(len(e))] for i, e in enumerate(examples)]
     masks = [e.loss_mask for e in examples]
-    if loss_type == "dapo":
+    if loss_type in ("dapo", "cispo"):
         total = sum(v * m for vs, ms in zip(values, masks, strict=True) for v, m in zip(vs, ms, strict=True))
         expected = total / sum(map(sum, masks))
-    elif loss_type == "grpo":
+    elif loss_type in ("grpo", "gspo"):
         means = [np.dot(v, m) / max(sum(m), 1) for v, m in zip(values, masks, strict=True)]
         expected = np.mean(means)
     else:
@@ -121,76 +84,11 @@ def test_token_weights(loss_type: str) -> None:
 
 
 def test_token_weights_refuse_what_is_unknown() -> None:
-    with pytest.raises(UserError, match="'gspo' is unknown"):
-        token_weights("gspo", [0.0, 1.0], Counts(1, 1, 0))
+    with pytest.raises(UserError, match="'ppo' is unknown; use one of dapo, grpo, dr_grpo, gspo, cispo"):
+        token_weights("ppo", [0.0, 1.0], Counts(1, 1, 0))
     with pytest.raises(UserError, match="max_completion_tokens"):
         token_weights("dr_grpo", [0.0, 1.0], Counts(1, 1, 0))
     assert token_weights("dapo", [0.0, 0.0], Counts(0, 1, 0)) == [0.0, 0.0]  # nothing to learn from: no division
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("gamma", [0.0, 0.4])
-@pytest.mark.parametrize("delta_max", [4.0, 0.5])
-def test_policy_loss_equals_the_loop(beta: float, gamma: float, delta_max: float) -> None:
-    policy, reference = Bigram(1), Bigram(2)
-    examples = make_examples(5, expert=gamma > 0)
-    counts = count(examples)
-    raw = [list(e.loss_mask) for e in examples]
-    weigh(examples, counts)
-    (batch,) = pack(examples, 1000)
-    batch.old_logprob = batch.rollout_logprob
-    batch.ref_logprob, _ = reference(batch.input_ids, None, None, batch.targets, 0.8)
-    loss, stats = policy_loss(
-        policy, batch, temperature=0.8, clip_low=0.2, clip_high=0.28, beta=beta, delta_max=delta_max, gamma=gamma
-    )
-    reinforce = imitate = tokens = expert_tokens = 0.0
-    for example, mask in zip(examples, raw, strict=True):
-        for before, i in zip(example.token_ids, range(1, len(example)), strict=False):
-            logp = policy.logprob(before, example.token_ids[i], 0.8)
-            ref = reference.logprob(before, example.token_ids[i], 0.8)
-            if example.expert:
-                imitate -= mask[i] * logp
-                expert_tokens += mask[i]
-            else:
-                assert example.old_logprobs is not None
-                old = example.old_logprobs[i]
-                reinforce += mask[i] * naive_token(logp, old, example.advantage, ref, 0.2, 0.28, beta, delta_max)
-                tokens += mask[i]
-    expected = (1 - gamma) * reinforce / tokens + (gamma * imitate / expert_tokens if gamma else 0.0)
-    assert loss.item() == pytest.approx(expected, rel=2e-6, abs=1e-7)
-    assert stats["tokens"] == tokens
-    assert stats["sft_tokens"] == expert_tokens
-
-
-@pytest.mark.parametrize("correction", ["truncated", "mask"])
-@pytest.mark.parametrize("first", [True, False])
-def test_importance_weighs_what_the_sampler_drew(correction: str, first: bool) -> None:
-    """By trainer's over sampler's probability: the policy term alone, and no gradient through the weight."""
-    policy, reference = Bigram(1), Bigram(2)
-    examples = make_examples(5)
-    weigh(examples, count(examples))
-    (batch,) = pack(examples, 1000)
-    logprob, _ = policy(batch.input_ids, None, None, batch.targets)
-    if not first:
-        batch.old_logprob = logprob.detach() + 0.1 * torch.randn(len(logprob), generator=torch.manual_seed(0))
-    batch.ref_logprob, _ = reference(batch.input_ids, None, None, batch.targets)
-    loss, stats = policy_loss(policy, batch, beta=0.1, importance_correction=correction, importance_cap=1.5)
-    (gradient,) = torch.autograd.grad(loss, policy.table)
-    expected, leaf = 0.0, logprob.detach().double().requires_grad_()
-    old = leaf.detach() if first else batch.old_logprob.double()
-    bounds = {"truncated": 0, "mask": 0}
-    for i in (batch.weight != 0).nonzero().squeeze(1).tolist():
-        ratio = math.exp(old[i] - batch.rollout_logprob[i])
-        bounds[correction] += ratio > 1.5
-        kept = min(ratio, 1.5) if correction == "truncated" else ratio * (ratio <= 1.5)
-        step, gap = (leaf[i] - old[i]).exp(), batch.ref_logprob[i].double() - leaf[i]
-        surrogate = torch.min(step * batch.advantage[i], step.clamp(0.8, 1.28) * batch.advantage[i])
-        expected += batch.weight[i] * (0.1 * (gap.exp() - gap - 1) - kept * surrogate)
-    assert 0 < bounds[correction] < stats["tokens"]
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    (slope,) = torch.autograd.grad(expected, leaf)
-    (true,) = torch.autograd.grad(policy(batch.input_ids, None, None, batch.targets)[0], policy.table, slope.float())
-    torch.testing.assert_close(gradient, true, rtol=1e-4, atol=1e-7)
 
 
 def test_importance_weights_refuse_what_is_unknown() -> None:
@@ -213,8 +111,9 @@ def test_dual_clip_bounds_what_a_bad_sample_costs() -> None:
     assert (metrics["clip_ratio/dual_mean"], metrics["clip_ratio/high_mean"]) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "cispo"])
 @pytest.mark.parametrize("broken", ["advantage", "old_logprob", "ref_logprob", "weight", "rollout_logprob"])
-def test_what_is_not_finite_makes_the_loss_nan_and_moves_nothing(broken: str) -> None:
+def test_what_is_not_finite_makes_the_loss_nan_and_moves_nothing(broken: str, loss_type: str) -> None:
     policy = Bigram()
     examples = make_examples(7)
     weigh(examples, count(examples))
@@ -223,7 +122,9 @@ def test_what_is_not_finite_makes_the_loss_nan_and_moves_nothing(broken: str) ->
         setattr(batch, name, batch.rollout_logprob.clone())
     place = int((batch.weight != 0).nonzero()[3])
     getattr(batch, broken)[place] = math.nan
-    loss, stats = policy_loss(policy, batch, importance_correction="truncated")
+    loss, stats = policy_loss(
+        policy, batch, loss_type=loss_type, importance_correction="truncated", beta=0.1, entropy_coef=0.1
+    )
     loss.backward()
     assert loss.isnan()
     assert (stats["nonfinite"], stats["nonfinite_min"]) == (1, place)
@@ -261,9 +162,9 @@ def test_equal_rewards_move_nothing() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 1000), st.integers(10, 60), st.sampled_from(["dapo", "grpo", "dr_grpo"]))
+@given(st.integers(0, 1000), st.integers(10, 60), st.sampled_from(LOSS_TYPES))
 def test_no_split_changes_loss_gradient_or_statistics(seed: int, budget: int, loss_type: str) -> None:
-    loss_fn = functools.partial(policy_loss, gamma=0.3, beta=0.0)
+    loss_fn = functools.partial(policy_loss, loss_type=loss_type, gamma=0.3, entropy_coef=0.1)
 
     def run(budget: int) -> tuple[float, torch.Tensor, dict[str, float]]:
         policy, examples = Bigram(), make_examples(seed, 8, expert=True)
@@ -303,12 +204,14 @@ def test_sft_loss_is_the_mean_over_its_tokens() -> None:
     assert stats["sft_loss"] == loss.item()
 
 
-def test_empty_masks_give_zero_with_a_gradient() -> None:
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_empty_masks_give_zero_with_a_gradient(loss_type: str) -> None:
     policy = Bigram()
     examples = [Example([1, 2, 3], [0.0, 0.0, 0.0], 1.0, [0.0, -9.0, -9.0])]
-    weigh(examples, count(examples))
+    weigh(examples, count(examples), loss_type=loss_type, max_completion_tokens=2)
     for batch in (*pack(examples, 8), empty_batch()):
-        for loss, stats in (policy_loss(policy, batch), sft_loss(policy, batch)):
+        reinforced = policy_loss(policy, batch, loss_type=loss_type, entropy_coef=0.1)
+        for loss, stats in (reinforced, sft_loss(policy, batch)):
             policy.table.grad = None
             loss.backward()
             assert loss.item() == 0.0
@@ -327,7 +230,7 @@ def test_mismatch_and_summary() -> None:
     stats = {k: v.item() for k, v in mismatch(*(torch.tensor(x) for x in (old, rollout, weight))).items()}
     deltas = [a - b for a, b, w in zip(old, rollout, weight, strict=True) if w]
     ratios = [math.exp(d) for d in deltas]
-    metrics = summarise({**stats, "tokens": float(len(deltas)), "ref_tokens": 0.0, "kl_sum": 0.0})
+    metrics = summarise({**stats, "policy_tokens": float(len(deltas)), "ref_tokens": 0.0, "kl_sum": 0.0})
     assert metrics["sampling/logp_difference_max"] == pytest.approx(max(map(abs, deltas)))
     assert metrics["sampling/logp_difference_mean"] == pytest.approx(np.mean(np.abs(deltas)))
     assert metrics["sampling/kl"] == pytest.approx(np.mean([r - 1 - d for r, d in zip(ratios, deltas, strict=True)]))
@@ -397,18 +300,19 @@ def test_reward_rises_on_a_task_with_a_known_optimum() -> None:
     assert chance() > 0.95
 
 
-def train_policy(mesh: Any, steps: int = 10) -> list[tuple[float, dict[str, float]]]:
+def train_policy(mesh: Any, steps: int = 6) -> list[tuple[float, dict[str, float]]]:
     """Losses and metrics of a mixed SFT and RL run of a real model, its examples dealt to the ranks."""
     policy = ShardedModel(small_model(), mesh)
     optimizer = AdamW(policy.shards, lr=0.01)
     out = []
     for step in range(steps):
+        loss_type = ("grpo", "gspo", "cispo")[step % 3]
         mine = balance(make_examples(step, 7, expert=True), mesh.world_size)[mesh.rank]
-        weigh(mine, count(mine).summed(mesh), loss_type="grpo")
+        weigh(mine, count(mine).summed(mesh), loss_type=loss_type)
         batches = pack(mine, 24)
         for batch in batches:
             batch.old_logprob = policy.logprobs(batch) - 0.1  # a ratio that is not 1
-        loss_fn = functools.partial(policy_loss, gamma=0.3)
+        loss_fn = functools.partial(policy_loss, loss_type=loss_type, gamma=0.3, entropy_coef=0.1)
         update = optimise(policy, optimizer, batches, loss_fn, mesh=mesh, lr=0.01, max_grad_norm=1.0)
         out.append((update.loss, summarise(update.stats)))
     return out

@@ -35,7 +35,6 @@ from groupwise.rollout.trajectory import Group, Span, Trajectory
 SMALL = [
     "data.num_trajectories=24",
     "data.num_eval_tasks=4",
-    "data.num_views=12",
     "model.hidden_size=32",
     "model.intermediate_size=48",
     "model.num_hidden_layers=2",
@@ -46,7 +45,6 @@ SMALL = [
     "rollout.kv_memory=0.05",
     "sft.steps=6",
     "sft.sequences_per_step=4",
-    "sft.warmup_steps=1",
     "grpo.steps=2",
     "grpo.prompts_per_step=2",
     "grpo.num_generations=4",

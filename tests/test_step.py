@@ -11,7 +11,7 @@ from toys import alone, small_batches, small_loss, small_model
 
 from groupwise.engine.optim import AdamW
 from groupwise.engine.shard import ShardedModel
-from groupwise.engine.step import NonFiniteError, Update, optimise
+from groupwise.engine.step import NonFiniteError, Update, merged, optimise
 
 LENGTHS = [1, 3, 0]  # micro-batches of each rank
 
@@ -146,3 +146,23 @@ def test_a_zero_loss_moves_nothing_without_decay():
     update = optimise(policy, optimizer, small_batches(0), zero_loss, mesh=alone(), lr=0.01, max_grad_norm=1.0)
     assert (update.loss, update.grad_norm, update.skipped) == (0.0, 0.0, False)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(policy, optimizer), strict=True))
+
+
+def test_updates_of_one_step_are_one_record():
+    """Means of what each update has once, sums of what it counts; a loss counts only where it had tokens."""
+    first = {"policy_loss": 1.0, "policy_tokens": 30.0, "sft_loss": 0.0, "sft_tokens": 0.0, "x_max": 1.0, "x_min": 1.0}
+    second = {"policy_loss": 2.5, "policy_tokens": 9.0, "sft_loss": 4.0, "sft_tokens": 7.0, "x_max": 1.5, "x_min": 0.5}
+    both = {"policy_loss": 1.75, "policy_tokens": 39.0, "sft_loss": 4.0, "sft_tokens": 7.0, "x_max": 1.5, "x_min": 0.5}
+    record = merged([Update(1.0, 0.5, 0.1, 0, first), Update(3.0, 1.0, 0.2, 0, second)])
+    assert record == Update(loss=2.0, grad_norm=0.75, lr=0.2, skipped=0, stats=both)
+    assert merged([record]) == record
+
+
+def test_updates_that_were_skipped_or_had_no_batches_spoil_no_mean():
+    good, nothing = Update(1.0, 0.5, 0.1, 0, {"tokens": 3.0, "ratio_max": 1.0}), Update(0.0, 0.0, 0.2)
+    bad = Update(math.nan, math.inf, 0.2, 1, {"tokens": 4.0, "ratio_max": math.nan})
+    assert merged([bad, good, nothing, bad]) == Update(1.0, 0.5, 0.2, 2, good.stats)
+    assert merged([nothing, nothing]) == nothing
+    record = merged([bad, bad])
+    assert math.isnan(record.loss)
+    assert (record.skipped, record.stats["tokens"]) == (2, 8.0)
