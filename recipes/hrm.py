@@ -21,7 +21,7 @@ from ..data.teachers import STRATA
 from ..data.trajectories import Expert, build_trajectories, read_experts, write_experts
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
-from ..engine.schedule import Schedule
+from ..engine.schedule import fitting_rate
 from ..engine.scorer import StepSequence, pack_steps, score_steps, step_loss
 from ..engine.tokenizer import Tokenizer
 from ..rewards.calibration import auc, calibration
@@ -33,9 +33,6 @@ from .policy import Policy, load_scorer, save_policy
 from .rollouts import my_share, open_sandbox
 from .run import Run, launch
 from .training import Training, places
-
-MIN_LR_RATIO = 0.1  # of the learning rate at the end of its cosine
-WARMUP_SHARE = 0.05  # of the steps
 
 
 def hrm(run: Run) -> Path:
@@ -64,8 +61,7 @@ def _trained(run: Run, folder: Path) -> Policy:
     experts = Experts(run)
     first = Path(run.config.model.folder or run.folder / "sft" / "model")
     scorer = load_scorer(run, first, new_head=True)
-    lr = Schedule("cosine", settings.lr, settings.lr * MIN_LR_RATIO, settings.steps, int(settings.steps * WARMUP_SHARE))
-    training = Training(run, scorer, "hrm", settings.steps, lr)
+    training = Training(run, scorer, "hrm", settings.steps, fitting_rate(settings.lr, settings.steps))
     for step in training.steps():
         drawn = places(step, run.config.sft.sequences_per_step, len(experts.all), run.config.run.seed)
         shown = experts.under_names([experts.all[place] for place in drawn], step)
@@ -108,10 +104,10 @@ def _judged(run: Run) -> list[Expert]:
     """Trajectories over the evaluation tables, as many of each stratum, made once for the run."""
     file, data, seed = run.folder / "hrm" / "judged.jsonl", run.config.data, run.config.run.seed
     if run.is_main and not file.exists():
-        tables, _ = find_tables(data.tables or None, max_rows=data.max_rows)
+        tables, _ = find_tables(data.tables or None)
         _, held_out = split_tables(tables, seed=seed)
         views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-        modes = {"datamind": 1 - data.agentic - data.reflection, "agentic": data.agentic}  # those with steps to judge
+        modes = {mode: share for mode, share in data.mode_shares().items() if GRAMMARS[mode].code}  # steps to judge
         folder = file.parent / "tables"
         problems = make_problems(views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=modes)
         with open_sandbox(run) as sandbox:
@@ -133,35 +129,32 @@ def judge(run: Run, scorer: Policy, experts: Sequence[Expert]) -> dict[str, Any]
     sequences = [expert_sequence(expert, scorer.tokenizer, "binary") for expert in experts]
     mine = my_share(run, range(len(experts)), lambda index: len(sequences[index]))
     found = score_steps(scorer.model, [sequences[index] for index in mine], tokens)
-    gathered = run.mesh.all_gather_object(list(zip(mine, found, strict=True)))
-    scores = {
-        index: StepScores(*pair, errors=[ok is False for ok in expert_outcomes(experts[index]) if ok is not None])
-        for part in gathered
-        for index, pair in part
-    }
+    scores: dict[int, StepScores] = {}
+    for part in run.mesh.all_gather_object(list(zip(mine, found, strict=True))):
+        for index, (steps, pairs) in part:
+            errors = [not ok for ok in expert_outcomes(experts[index]) if ok is not None]
+            scores[index] = StepScores(steps, pairs, errors)
     strata = {name: [i for i, expert in enumerate(experts) if expert.stratum == name] for name in STRATA}
-    corrected = strata["corrected"] + strata["self_corrected"]
-
-    def measure(indices: Sequence[int]) -> dict[str, Any]:
-        chosen = [(sequences[index], scores[index]) for index in indices]
-        labels = [label == 1.0 for sequence, _ in chosen for label in sequence.step_labels]
-        pair_labels = [label == 1.0 for sequence, _ in chosen for label in sequence.pair_labels[1:]]
-        return {
-            "count": len(chosen),
-            "reward": fmean(score.reward for _, score in chosen) if chosen else None,
-            "model_score": fmean(score.model_score for _, score in chosen) if chosen else None,
-            "steps": calibration([s for _, score in chosen for s in score.steps], labels),
-            "pairs": calibration([p for _, score in chosen for p in score.pairs], pair_labels),
-        }
-
+    corrected = [scores[index] for name in ("corrected", "self_corrected") for index in strata[name]]
+    failed = [scores[index] for index in strata["failure"]]
     return {
-        "all": measure(range(len(experts))),
-        **{name: measure(indices) for name, indices in strata.items()},
-        **{
-            f"auc_{kind}": auc([getattr(scores[i], kind) for i in corrected], [getattr(scores[i], kind) for i in wrong])
-            for kind in ("reward", "model_score")
-            for wrong in [strata["failure"]]
-        },
+        name: _measured([(sequences[index], scores[index]) for index in indices])
+        for name, indices in {"all": range(len(experts)), **strata}.items()
+    } | {
+        "auc_reward": auc([score.reward for score in corrected], [score.reward for score in failed]),
+        "auc_model_score": auc([score.model_score for score in corrected], [score.model_score for score in failed]),
+    }
+
+
+def _measured(judged: Sequence[tuple[StepSequence, StepScores]]) -> dict[str, Any]:
+    steps = [label == 1.0 for sequence, _ in judged for label in sequence.step_labels]
+    pairs = [label == 1.0 for sequence, _ in judged for label in sequence.pair_labels[1:]]
+    return {
+        "count": len(judged),
+        "reward": fmean(score.reward for _, score in judged) if judged else None,
+        "model_score": fmean(score.model_score for _, score in judged) if judged else None,
+        "steps": calibration([score for _, scores in judged for score in scores.steps], steps),
+        "pairs": calibration([score for _, scores in judged for score in scores.pairs], pairs),
     }
 
 
