@@ -3,14 +3,17 @@
     torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.hrm train hrm.steps=300
 
 Starts from ``model.folder`` or from the run's SFT model, with a head of zeros; learns from the steps of the expert
-trajectories that ``recipes.synthesize`` left; writes ``RUN/hrm/model``, a Hugging Face folder. Then it judges the steps
-of trajectories over the evaluation tables, which nothing trained on, and writes ``RUN/hrm/report.json``.
+trajectories that ``recipes.synthesize`` left and, with ``hrm.search_tasks``, from the policy's own, labelled by where
+they lead; writes ``RUN/hrm/model``, a Hugging Face folder. Then it judges the steps of trajectories over the evaluation
+tables, which nothing trained on, and writes ``RUN/hrm/report.json``.
 Source: Datarus-R1, arXiv 2508.13382; arXiv 2503.13551.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -26,11 +29,13 @@ from ..engine.scorer import StepSequence, pack_steps, score_steps, step_loss
 from ..engine.tokenizer import Tokenizer
 from ..rewards.calibration import auc, calibration
 from ..rewards.hierarchical import Labels, StepScores, step_labels, step_sequence
+from ..rewards.search import grow, tree_sequences
 from ..rollout.grammar import GRAMMARS
-from ..rollout.trajectory import Writer, encode_spans
+from ..rollout.task import Task
+from ..rollout.trajectory import Group, Writer, encode_spans
 from .experts import Experts
-from .policy import Policy, load_scorer, save_policy
-from .rollouts import my_share, open_sandbox
+from .policy import Policy, load_policy, load_scorer, save_policy
+from .rollouts import Rollouts, my_share, open_sandbox
 from .run import Run, launch
 from .training import Training, places
 
@@ -39,13 +44,17 @@ def hrm(run: Run) -> Path:
     """Trains the model, measures it, and returns its folder; ``hrm.folder`` is one that is trained already.
 
     Raises:
-        UserError: ``hrm.steps`` is 0 and there is no folder.
+        UserError: ``hrm.steps`` is 0 and there is no folder, or no grammar of ``data.modes`` has steps to judge.
     """
     folder, settings = run.folder / "hrm", run.config.hrm
     if settings.folder:
         return Path(settings.folder)
     if not settings.steps:
         raise UserError("hrm.steps is 0, expected some to train the reward model in, or hrm.folder")
+    if not _modes_with_code(run):
+        raise UserError(
+            f"data.modes is {run.config.data.modes!r}, expected some datamind or agentic: steps are of code"
+        )
     if not (folder / "report.json").exists():
         trained = (folder / "model").exists()
         scorer = load_scorer(run, folder / "model") if trained else _trained(run, folder / "model")
@@ -60,12 +69,14 @@ def _trained(run: Run, folder: Path) -> Policy:
     settings, mesh = run.config.hrm, run.mesh
     experts = Experts(run)
     first = Path(run.config.model.folder or run.folder / "sft" / "model")
-    scorer = load_scorer(run, first, new_head=True)
+    searched = search(run, first, experts.all) if settings.search_tasks else []
+    scorer, taught = load_scorer(run, first, new_head=True), len(experts.all)
     training = Training(run, scorer, "hrm", settings.steps, fitting_rate(settings.lr, settings.steps))
     for step in training.steps():
-        drawn = places(step, run.config.sft.sequences_per_step, len(experts.all), run.config.run.seed)
-        shown = experts.under_names([experts.all[place] for place in drawn], step)
+        drawn = places(step, run.config.sft.sequences_per_step, taught + len(searched), run.config.run.seed)
+        shown = experts.under_names([experts.all[place] for place in drawn if place < taught], step)
         sequences = [expert_sequence(expert, scorer.tokenizer, settings.labels) for expert in shown]
+        sequences += [searched[place - taught] for place in drawn if place >= taught]
         # Every rank draws all of them, so each knows the divisor.
         divisor = sum(sequence.num_labels for sequence in sequences)
         mine = my_share(run, sequences, len)
@@ -75,6 +86,44 @@ def _trained(run: Run, folder: Path) -> Policy:
         training.metrics.log(step, {**record, "accuracy": update.stats["right"] / divisor})
     save_policy(run, scorer, folder)
     return scorer
+
+
+def search(run: Run, folder: Path, experts: Sequence[Expert]) -> list[StepSequence]:
+    """The steps of trees that the policy in ``folder`` grows on ``hrm.search_tasks`` of the experts' tasks, labelled.
+
+    They are made once for the run, all ranks together, and kept in ``RUN/hrm/search.jsonl``.
+    """
+    file, settings, rollout = run.folder / "hrm" / "search.jsonl", run.config.hrm, run.config.rollout
+    if not run.mesh.broadcast_object(file.exists()):
+        with_code = [expert.task for expert in experts if GRAMMARS[expert.grammar].code]
+        drawn = places(0, settings.search_tasks, len(with_code), run.config.run.seed)
+        mine = my_share(run, [with_code[place] for place in drawn], lambda task: len(task.description))
+        policy, numbers = load_policy(run, folder), count()
+        with Rollouts(run, policy) as rollouts:
+
+            def continue_from(tasks: Sequence[Task], openings: Sequence[Sequence[str]], size: int) -> list[Group]:
+                depth = next(numbers)
+                return rollouts.sample(
+                    tasks,
+                    size,
+                    temperature=rollout.temperature,
+                    top_p=rollout.top_p,
+                    seed=run.config.run.seed * 1_000_003 + depth,
+                    record=f"hrm/{depth:06d}",
+                    openings=openings,
+                )
+
+            roots = grow(mine, continue_from, policy.tokenizer)
+        sequences = [sequence for root in roots for sequence in tree_sequences(root, settings.labels)]
+        everyone = [sequence for part in run.mesh.all_gather_object(sequences) for sequence in part]
+        if run.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, (json.dumps(asdict(sequence)) + "\n" for sequence in everyone))
+        run.mesh.barrier()
+    found = [StepSequence(**json.loads(line)) for line in file.read_text().splitlines()]
+    labels = [label for sequence in found for label in sequence.step_labels if label is not None]
+    run.say(f"search: {settings.search_tasks} trees, {len(labels)} steps, {fmean(labels or [0.0]):.1%} of them sound")
+    return found
 
 
 def expert_sequence(expert: Expert, tokenizer: Tokenizer, kind: Labels) -> StepSequence:
@@ -107,14 +156,19 @@ def _judged(run: Run) -> list[Expert]:
         tables, _ = find_tables(data.tables or None)
         _, held_out = split_tables(tables, seed=seed)
         views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-        modes = {mode: share for mode, share in data.mode_shares().items() if GRAMMARS[mode].code}  # steps to judge
         folder = file.parent / "tables"
-        problems = make_problems(views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=modes)
+        problems = make_problems(
+            views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=_modes_with_code(run)
+        )
         with open_sandbox(run) as sandbox:
             experts, _ = build_trajectories(problems, sandbox, seed=seed, strata=dict.fromkeys(STRATA, 1.0))
         write_experts(file, experts)
     run.mesh.barrier()
     return list(read_experts(file))
+
+
+def _modes_with_code(run: Run) -> dict[str, float]:
+    return {mode: share for mode, share in run.config.data.mode_shares().items() if share and GRAMMARS[mode].code}
 
 
 def judge(run: Run, scorer: Policy, experts: Sequence[Expert]) -> dict[str, Any]:
@@ -174,4 +228,4 @@ def _recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(_recipe, phases=("load", "update", "checkpoint"))
+    launch(_recipe, phases=("load", "rollout", "update", "checkpoint"))
