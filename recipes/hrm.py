@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from ..data.tables import find_tables, split_tables
+from ..data.tables import find_tables
 from ..data.tasks import evaluation_views, make_problems
 from ..data.teachers import STRATA
 from ..data.trajectories import Expert, build_trajectories, read_experts, write_experts
@@ -52,9 +52,7 @@ def hrm(run: Run) -> Path:
     if not settings.steps:
         raise UserError("hrm.steps is 0, expected some to train the reward model in, or hrm.folder")
     if not _modes_with_code(run):
-        raise UserError(
-            f"data.modes is {run.config.data.modes!r}, expected some datamind or agentic: steps are of code"
-        )
+        raise UserError(f"data.modes is {run.config.data.modes!r}, expected some datamind or agentic, which have steps")
     if not (folder / "report.json").exists():
         trained = (folder / "model").exists()
         scorer = load_scorer(run, folder / "model") if trained else _trained(run, folder / "model")
@@ -153,13 +151,11 @@ def _judged(run: Run) -> list[Expert]:
     """Trajectories over the evaluation tables, as many of each stratum, made once for the run."""
     file, data, seed = run.folder / "hrm" / "judged.jsonl", run.config.data, run.config.run.seed
     if run.is_main and not file.exists():
-        tables, _ = find_tables(data.tables or None)
-        _, held_out = split_tables(tables, seed=seed)
+        names = json.loads((run.folder / "data" / "report.json").read_text())["evaluation_tables"]
+        held_out = [table for table in find_tables(data.tables or None)[0] if table.name in names]
         views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-        folder = file.parent / "tables"
-        problems = make_problems(
-            views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=_modes_with_code(run)
-        )
+        modes, folder = _modes_with_code(run), file.parent / "tables"
+        problems = make_problems(views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=modes)
         with open_sandbox(run) as sandbox:
             experts, _ = build_trajectories(problems, sandbox, seed=seed, strata=dict.fromkeys(STRATA, 1.0))
         write_experts(file, experts)

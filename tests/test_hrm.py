@@ -60,7 +60,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run after synthesis, SFT and the reward model."""
+    """A run after synthesis, SFT and the reward model; its views lie below the folder of the tables."""
     folder = tmp_path_factory.mktemp("hrm")
     for table in small_tables():
         table.frame.to_csv(folder / table.file, index=False)
@@ -117,22 +117,26 @@ def test_trees_were_grown_from_what_the_policy_wrote(finished: Run) -> None:
 def test_a_stopped_run_ends_as_one_that_never_stopped(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished.folder, tmp_path / "train", ignore=shutil.ignore_patterns(".lock", "config.json", "hrm*"))
+    shutil.copytree(finished.folder / "data", tmp_path / "train" / "data")
+    shutil.copytree(finished.folder / "sft", tmp_path / "train" / "sft")
+    (tmp_path / "train" / "hrm").mkdir()
+    for name in ("search", "judged"):
+        shutil.copy(finished.folder / "hrm" / f"{name}.jsonl", tmp_path / "train" / "hrm")
     config = load_config(None, [*SMALL, f"data.tables={finished.config.data.tables}", f"run.folder={tmp_path}"])
     run, pack_steps, calls = Run(config, Mesh()), recipe.pack_steps, []
 
-    def stopping(*arguments: Any) -> Any:
+    def stopping(*arguments: Any, ask: Any = run.on_signal) -> Any:
         calls.append(arguments)
         if len(calls) == 3:
-            run.on_signal(signal.SIGTERM, None)
+            ask(signal.SIGTERM, None)
         return pack_steps(*arguments)
 
     monkeypatch.setattr(recipe, "pack_steps", stopping)
     with pytest.raises(KeyboardInterrupt):
         hrm(run)
     assert len(calls) == 3
-    del run, stopping
     monkeypatch.undo()
+    del run, stopping
     hrm(resumed := Run(config, Mesh()))
     whole, again = (load_file(each.folder / "hrm/model/model.safetensors") for each in (finished, resumed))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
