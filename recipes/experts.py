@@ -53,9 +53,13 @@ class Experts:
         self, chosen: Sequence[Expert], step: int, tokenizer: Tokenizer, prompt_weight: float = 0.0
     ) -> list[Example]:
         """Trajectories as token ids, under the names that ``sft.fresh_names`` gives them at this step."""
-        if self._fresh_names:
-            chosen = [renamed(e, Random(f"{self._seed}:{e.task.id}:{step}"), self._avoid) for e in chosen]
-        return [_example(expert, tokenizer, prompt_weight) for expert in chosen]
+        return [_example(expert, tokenizer, prompt_weight) for expert in self.under_names(chosen, step)]
+
+    def under_names(self, chosen: Sequence[Expert], step: int) -> list[Expert]:
+        """Trajectories under the names that ``sft.fresh_names`` gives them at this step, or under their own."""
+        if not self._fresh_names:
+            return list(chosen)
+        return [renamed(e, Random(f"{self._seed}:{e.task.id}:{step}"), self._avoid) for e in chosen]
 
 
 def _example(expert: Expert, tokenizer: Tokenizer, prompt_weight: float) -> Example:

@@ -10,8 +10,10 @@ from ..engine.hf import load_weights, read_config, save_hf
 from ..engine.induction import lay_induction
 from ..engine.model import Model
 from ..engine.reference import Reference
+from ..engine.scorer import Scorer
 from ..engine.shard import ShardedModel
 from ..engine.tokenizer import Tokenizer
+from ..rewards.hierarchical import HierarchicalReward
 from ..rollout.grammar import GRAMMARS
 from .run import Run
 
@@ -61,6 +63,40 @@ def load_policy(run: Run, folder: Path) -> Policy:
     return Policy(sharded, config, tokenizer)
 
 
+def load_scorer(run: Run, folder: Path, *, new_head: bool = False) -> Policy:
+    """Reads a Hugging Face folder as a model that judges steps, to be trained.
+
+    Args:
+        new_head: the folder is a policy's, and the head starts at 0.
+
+    Raises:
+        UserError: a file or tensor is missing, has another shape, or the vocabulary does not fit.
+    """
+    tokenizer, config = Tokenizer.from_folder(folder), read_config(folder)
+    tokenizer.check_fits(config)
+    with torch.device("meta"):
+        scorer = Scorer(config)
+    sharded = _shard(run, scorer)
+    load_weights(sharded, folder, zeros=("score.weight",) if new_head else ())
+    return Policy(sharded, config, tokenizer)
+
+
+def load_hierarchical_reward(run: Run, folder: Path) -> HierarchicalReward:
+    """Reads what ``recipes.hrm`` wrote, frozen.
+
+    Raises:
+        UserError: a file or tensor is missing or has another shape.
+    """
+    settings = run.config.optimizer
+    return HierarchicalReward(
+        folder,
+        run.mesh,
+        tokens_per_microbatch=settings.tokens_per_microbatch,
+        dtype=compute_dtype(run),
+        offload=settings.offload != "none",
+    )
+
+
 def load_reference(run: Run, folder: Path) -> Reference:
     """Reads a Hugging Face folder as a frozen reference.
 
@@ -95,7 +131,7 @@ def _without_weights(config: ModelConfig) -> Model:
         return Model(config)
 
 
-def _shard(run: Run, model: Model) -> ShardedModel:
+def _shard(run: Run, model: Model | Scorer) -> ShardedModel:
     settings, dtype = run.config.optimizer, compute_dtype(run)
     return ShardedModel(
         model,

@@ -119,7 +119,7 @@ class HierarchicalReward:
         with_steps = [sequence for sequence in sequences if sequence.ends]
         found = iter(score_steps(self._scorer, with_steps, self._tokens_per_microbatch))
         return [
-            StepScores(*(next(found) if sequence.ends else ([], [])), errors=[not e.ok for e in trajectory.executions])
+            StepScores(*(next(found) if sequence.ends else ([], [])), [not e.ok for e in trajectory.executions])
             for sequence, trajectory in zip(sequences, trajectories, strict=True)
         ]
 
