@@ -40,7 +40,7 @@ class Ranks:
     """Threads that exchange what they have."""
 
     def __init__(self, size: int) -> None:
-        self.size, self._values, self._barrier = size, [None] * size, threading.Barrier(size)
+        self.size, self._values, self._barrier = size, [None] * size, threading.Barrier(size, timeout=60)
 
     def run(self, work: Callable[[Any], Any], *overrides: str) -> list[Any]:
         results: list[Any] = [None] * self.size
@@ -98,7 +98,7 @@ def test_a_step_goes_on_with_fewer_groups_after_the_last_round(capsys: pytest.Ca
         return ask(run, POOL, 0, lambda mine, number: [group(e.task, [1, number % 2]) for e in mine[:1]])
 
     ((asked, groups),) = Ranks(1).run(work, "grpo.prompts_per_step=4", "grpo.max_sampling_rounds=2")
-    assert len(asked) == 8
+    assert len(asked) == 4 + 3
     assert len(groups) == 2
     assert "step 1: after 2 rounds 1 of 4 groups have contrast" in capsys.readouterr().out
     ((asked, _),) = Ranks(1).run(work, "grpo.prompts_per_step=4")
