@@ -7,7 +7,6 @@ a value out of range is a :class:`UserError` that names the key, the value and w
 """
 
 import dataclasses
-import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .settings import build, describe, nearest, setting, settings_of
+from .settings import build, describe, kv_bytes, nearest, setting, settings_of, shares
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -143,21 +142,11 @@ class DataConfig:
 
     def strata_shares(self) -> dict[str, float]:
         """Share of each stratum, in all 1 (Datarus-R1, arXiv 2508.13382, has 40/35/15/10)."""
-        return _shares("data.strata", self.strata, ("success", "corrected", "self_corrected", "failure"))
+        return shares("data.strata", self.strata, ("success", "corrected", "self_corrected", "failure"))
 
     def mode_shares(self) -> dict[str, float]:
         """Share of each grammar, in all 1."""
-        return _shares("data.modes", self.modes, ("datamind", "agentic", "reflection"))
-
-
-def _shares(key: str, text: str, names: Sequence[str]) -> dict[str, float]:
-    try:
-        values = [float(part) for part in text.split("/")]
-    except ValueError:
-        values = []
-    if len(values) != len(names) or not all(value >= 0 for value in values) or abs(sum(values) - 100) > 1e-6:
-        raise UserError(f"{key} is {text!r}, expected {len(names)} percentages of {'/'.join(names)} that add up to 100")
-    return {name: value / 100 for name, value in zip(names, values, strict=True)}
+        return shares("data.modes", self.modes, ("datamind", "agentic", "reflection"))
 
 
 @dataclass(frozen=True)
@@ -235,23 +224,6 @@ class RolloutConfig:
         kv_bytes(self.kv_memory, 2**40)
 
 
-def kv_bytes(kv_memory: float | str, device_memory: float) -> int:
-    """Bytes that ``rollout.kv_memory`` means on a device with so much memory: GiB, or a share such as "40%".
-
-    Raises:
-        UserError: it is neither.
-    """
-    text = str(kv_memory).strip()
-    share = text.endswith("%")
-    try:
-        number = float(text.removesuffix("%"))
-    except ValueError:
-        number = -1.0
-    if not 0 < number < (100 if share else math.inf):
-        raise UserError(f'kv_memory is {kv_memory!r}, expected GiB such as 4, or a share of the device such as "40%"')
-    return int(number / 100 * device_memory) if share else int(number * 2**30)
-
-
 @dataclass(frozen=True)
 class SandboxConfig:
     """Limits of one execution of model code."""
@@ -311,6 +283,11 @@ class RewardConfig:
     judge: str = setting(
         "", "of free-text answers: MODEL@URL of an OpenAI-compatible endpoint, or a checkpoint's folder; empty: none"
     )
+
+    @property
+    def counts_answers(self) -> bool:
+        """Whether the right answer is rewarded: then groups differ by their answers, else by their rewards."""
+        return self.kind == "datamind" or self.answer_weight > 0
 
 
 @dataclass(frozen=True)

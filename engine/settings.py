@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -79,6 +79,38 @@ def nearest(key: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the known one that was meant, or all of them."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))[:300]}"
+
+
+def shares(key: str, text: str, names: Sequence[str]) -> dict[str, float]:
+    """Shares by name, in all 1, of a setting such as "40/35/25".
+
+    Raises:
+        UserError: there is not a percentage for each name, or they do not add up to 100.
+    """
+    try:
+        values = [float(part) for part in text.split("/")]
+    except ValueError:
+        values = []
+    if len(values) != len(names) or not all(value >= 0 for value in values) or abs(sum(values) - 100) > 1e-6:
+        raise UserError(f"{key} is {text!r}, expected {len(names)} percentages of {'/'.join(names)} that add up to 100")
+    return {name: value / 100 for name, value in zip(names, values, strict=True)}
+
+
+def kv_bytes(kv_memory: float | str, device_memory: float) -> int:
+    """Bytes that ``rollout.kv_memory`` means on a device with so much memory: GiB, or a share such as "40%".
+
+    Raises:
+        UserError: it is neither.
+    """
+    text = str(kv_memory).strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not 0 < number < (100 if share else math.inf):
+        raise UserError(f'kv_memory is {kv_memory!r}, expected GiB such as 4, or a share of the device such as "40%"')
+    return int(number / 100 * device_memory) if share else int(number * 2**30)
 
 
 def _type_name(hint: Any) -> str:

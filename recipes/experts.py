@@ -19,12 +19,18 @@ class Experts:
     """Reads ``RUN/data/experts.jsonl``.
 
     Raises:
-        UserError: the data was not made yet.
+        UserError: the data was not made yet, or a trajectory is in another grammar than its task asks for.
     """
 
     def __init__(self, run: Run) -> None:
         folder = run.folder / "data"
         self.all: list[Expert] = list(read_experts(folder / "experts.jsonl"))
+        for expert in self.all:
+            if expert.grammar != expert.task.mode:
+                raise UserError(
+                    f"the expert trajectory of task {expert.task.id!r} is in the grammar {expert.grammar!r}, but its "
+                    f"task asks for {expert.task.mode!r}; synthesize again, or leave it out"
+                )
         self._avoid: list[str] = json.loads((folder / "report.json").read_text())["evaluation_headers"]
         self._fresh_names = run.config.sft.fresh_names
         self._seed = run.config.run.seed

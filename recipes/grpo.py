@@ -3,31 +3,36 @@
     torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.grpo train
 
 Starts from ``model.folder`` or from the run's SFT model, which also is the frozen reference; takes its tasks from the
-data of ``recipes.synthesize``; writes ``RUN/grpo/model``. Source of the objective: DAPO, arXiv 2503.14476, with the
-masking of DataMind, arXiv 2509.25084, and the reward curriculum of Datarus-R1, arXiv 2508.13382.
+data of ``recipes.synthesize``, and its hierarchical reward model from ``hrm.folder`` or the run; writes
+``RUN/grpo/model``. Source of the objective: DAPO, arXiv 2503.14476, with the masking of DataMind, arXiv 2509.25084, and
+the reward curriculum of Datarus-R1, arXiv 2508.13382.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 
 from ..data.trajectories import Expert
 from ..engine.batch import Batch, Example, pack
+from ..engine.config import RewardConfig
+from ..engine.doctor import Doctor
 from ..engine.errors import UserError
-from ..engine.metrics import Timer, peak_memory_gib
-from ..engine.objective import count, group_advantages, informative, policy_loss, summarise, weigh
+from ..engine.metrics import Timer, read_records, say
+from ..engine.objective import count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
-from ..engine.step import Update, level
+from ..engine.step import level, merged
 from ..kernels.linear import ROWS
-from ..rewards.curriculum import score, structure_schedule
-from ..rollout.trajectory import Group
+from ..rollout.trajectory import TRUNCATED, VOID_STATUSES, Group
 from .experts import Experts
+from .measure import measure
 from .policy import load_policy, load_reference, save_policy
+from .rewarding import Rewarding
 from .rollouts import Rollouts, my_share
 from .run import Run, launch
 from .training import Training, places
+
+Sample = Callable[[Sequence[Expert], int], list[Group]]  # tasks of this rank, round -> their groups, with rewards
 
 
 def grpo(run: Run) -> Path:
@@ -38,9 +43,10 @@ def grpo(run: Run) -> Path:
     first = Path(run.config.model.folder or run.folder / "sft" / "model")
     policy = load_policy(run, first)
     reference = load_reference(run, first) if settings.beta else None
+    temperature = run.config.rollout.temperature
     experts = Experts(run)
     pool = [expert for expert in experts.all if expert.stratum != "failure"]
-    structure = structure_schedule(run.config.reward, settings.steps)
+    rewarding = Rewarding(run, policy.tokenizer, [expert.task for expert in pool])
     gamma = mixing_schedule(
         mu_peak=settings.mu_peak,
         mu_valley=settings.mu_valley,
@@ -50,51 +56,101 @@ def grpo(run: Run) -> Path:
     )
     loss_fn = partial(
         policy_loss,
-        temperature=run.config.rollout.temperature,
+        loss_type=settings.loss_type,
+        temperature=temperature,
         clip_low=settings.epsilon,
         clip_high=settings.epsilon_high,
         dual_clip=settings.dual_clip or None,
         beta=settings.beta,
         delta_max=settings.delta_max,
         importance_correction=settings.importance_correction,
+        entropy_coef=settings.entropy_coef,
     )
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)
+    doctor = Doctor(folder / "doctor.jsonl", run.mesh, read_records(training.metrics.path), training.start)
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
             timer = Timer(run.mesh.device)
-            mine = my_share(run, drawn(run, pool, settings.prompts_per_step, step), expert_length)
-            with timer("generate"):
-                groups = rollouts.sample(
-                    [expert.task for expert in mine],
-                    settings.num_generations,
-                    temperature=run.config.rollout.temperature,
-                    top_p=run.config.rollout.top_p,
-                    seed=run.config.run.seed * 1_000_003 + step,
-                    record=f"grpo/{step:06d}",
-                )
-            with timer("reward"):
-                score(groups, tokenizer=policy.tokenizer, settings=run.config.reward, structure_weight=structure(step))
-                others = drawn(run, pool, settings.experts_per_step, step, 1)
-                shown = mine + my_share(run, others, expert_length)
-                imitated = experts.examples(shown, step, policy.tokenizer) if gamma(step) else []
-                batches = to_batches(run, groups, imitated)
-                rollouts.record(f"grpo/{step:06d}", groups)
-            with timer("reference"):
-                if reference is not None:
-                    for batch in batches:
-                        batch.ref_logprob = reference.logprobs(batch, run.config.rollout.temperature)
+            sample = partial(sample_round, run, rollouts, rewarding, timer, step)
+            asked, groups = ask(run, pool, step, sample)
+            others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
+            imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
+            minibatches = to_minibatches(run, groups, imitated)
+            if settings.num_iterations * settings.num_minibatches > 1:
+                with timer("old_logprob"):
+                    for batch in (batch for batches in minibatches for batch in batches):
+                        batch.old_logprob = policy.model.logprobs(batch, temperature)
+            if reference is not None:
+                with timer("reference"):
+                    for batch in (batch for batches in minibatches for batch in batches):
+                        batch.ref_logprob = reference.logprobs(batch, temperature)
             with timer("update"):
-                update = training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
-            record = measure(run, groups, update, timer) | rollouts.metrics()
+                updates = [
+                    training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
+                    for _ in range(settings.num_iterations)
+                    for batches in minibatches
+                ]
+            record = measure(run, groups, merged(updates), timer) | rollouts.metrics() | rewarding.metrics(step)
+            record["gamma"] = gamma(step)
             if run.config.rollout.exact and record.get("sampling/logp_difference_max"):
                 raise UserError(
                     f"rollout.exact: trainer and sampler differ by {record['sampling/logp_difference_max']:g}, "
                     "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
-            training.metrics.log(step, {**record, "gamma": gamma(step)})
+            training.metrics.log(step, record | doctor.examine(step, record))
     save_policy(run, policy, folder / "model")
     return folder / "model"
+
+
+def sample_round(
+    run: Run, rollouts: Rollouts, rewarding: Rewarding, timer: Timer, step: int, mine: Sequence[Expert], number: int
+) -> list[Group]:
+    """Groups for the tasks of this rank, with their rewards, recorded. Every rank calls it together."""
+    name = f"grpo/{step:06d}" if number == 0 else f"grpo/{step:06d}.{number}"
+    with timer("generate"):
+        groups = rollouts.sample(
+            [expert.task for expert in mine],
+            run.config.grpo.num_generations,
+            temperature=run.config.rollout.temperature,
+            top_p=run.config.rollout.top_p,
+            seed=(run.config.run.seed + 1_009 * number) * 1_000_003 + step,
+            record=name,
+        )
+    with timer("reward"):
+        rewarding.score(groups, step)
+        for group in groups:
+            set_advantages(group, run)
+        rollouts.record(name, groups)
+    return groups
+
+
+def ask(run: Run, pool: Sequence[Expert], step: int, sample: Sample) -> tuple[list[Expert], list[Group]]:
+    """This rank's share of a step's tasks with their groups: sampled, and scored.
+
+    With ``max_sampling_rounds`` over 1, new tasks are asked in the place of those whose groups have no contrast, over
+    all ranks, until there are ``prompts_per_step`` groups that have, or the rounds are over (dynamic sampling: DAPO,
+    arXiv 2503.14476, 3.2).
+    """
+    settings = run.config.grpo
+    asked: list[Expert] = []
+    groups: list[Group] = []
+    wanted = settings.prompts_per_step
+    for number in range(settings.max_sampling_rounds):
+        mine = my_share(run, drawn(run, pool, wanted, step, 1 + number if number else 0), expert_length)
+        found = sample(mine, number)
+        asked += mine
+        groups += found
+        contrasted = sum(has_contrast(group, run.config.reward) for group in found)
+        wanted -= sum(run.mesh.all_gather_object(contrasted))
+        if not wanted:
+            break
+    if wanted and settings.max_sampling_rounds > 1 and run.is_main:
+        say(
+            f"step {step + 1}: after {settings.max_sampling_rounds} rounds {settings.prompts_per_step - wanted} of "
+            f"{settings.prompts_per_step} groups have contrast; the step goes on with them"
+        )
+    return asked, groups
 
 
 def drawn(run: Run, pool: Sequence[Expert], count: int, step: int, stream: int = 0) -> list[Expert]:
@@ -107,72 +163,56 @@ def expert_length(expert: Expert) -> int:
     return sum(len(text) for _, text in expert.spans)
 
 
-def to_batches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -> list[Batch]:
-    """Advantages, loss weights by the global counts, and packing.
+def has_contrast(group: Group, settings: RewardConfig) -> bool:
+    """Whether a group gives a policy gradient: of its scored members some are right and some are wrong.
+
+    Where the right answer is not rewarded, their rewards must differ.
+    """
+    members = [trajectory for trajectory in group.trajectories if trajectory.scored]
+    return informative([t.rewards["answer"] if settings.counts_answers else t.reward for t in members])
+
+
+def set_advantages(group: Group, run: Run) -> None:
+    """Fills ``advantage`` of the scored members of a group that has contrast; all others keep 0."""
+    if not has_contrast(group, run.config.reward):
+        return
+    members = [trajectory for trajectory in group.trajectories if trajectory.scored]
+    advantages = group_advantages([t.reward for t in members], run.config.grpo.scale_rewards).tolist()
+    for trajectory, advantage in zip(members, advantages, strict=True):
+        trajectory.advantage = advantage
+
+
+def to_minibatches(run: Run, groups: Sequence[Group], imitated: Sequence[Example]) -> list[list[Batch]]:
+    """What each update of a pass learns from: loss weights by its own global counts, packed.
 
     A group without contrast gives no policy gradient: of its task only the expert's trajectory is learnt from, where
-    experts are mixed in (DataMind, arXiv 2509.25084). Every rank gets the same number of micro-batches.
+    experts are mixed in (DataMind, arXiv 2509.25084). Every rank gets the same number of micro-batches in each.
     """
-    settings = run.config.grpo
-    examples = list(imitated)
-    for number, group in enumerate(groups):
-        if not informative([trajectory.rewards["answer"] for trajectory in group.trajectories]):
-            continue
-        advantages = group_advantages([t.reward for t in group.trajectories], settings.scale_rewards).tolist()
-        for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
-            trajectory.advantage = advantage
-            examples.append(trajectory.to_example(mask_void=settings.mask_void, group=number))
+    parts, settings = run.config.grpo.num_minibatches, run.config.grpo
+    kept_truncated = TRUNCATED if run.config.reward.overlong_buffer else frozenset()
+    mask = VOID_STATUSES - kept_truncated if settings.mask_void else frozenset()
+    contrasted = [group for group in groups if has_contrast(group, run.config.reward)]
+    minibatches = []
+    for part in range(parts):
+        examples = list(imitated[part::parts])
+        for number, group in enumerate(contrasted[part::parts]):
+            examples += [trajectory.to_example(mask=mask, group=number) for trajectory in group.trajectories]
+        minibatches.append(_to_batches(run, examples))
+    return minibatches
+
+
+def _to_batches(run: Run, examples: list[Example]) -> list[Batch]:
     counts = count(examples).summed(run.mesh)
     if not counts.tokens + counts.expert_tokens:
         return []  # nothing to learn from: weight decay alone must not move the weights either
     weigh(
         examples,
         counts,
-        loss_type=settings.loss_type,
+        loss_type=run.config.grpo.loss_type,
         max_completion_tokens=run.config.rollout.max_trajectory_tokens,
     )
     examples = [example for example in examples if example.loss_tokens]  # the others only counted as sequences
     return level(pack(examples, run.config.optimizer.tokens_per_microbatch, run.mesh.device, ROWS), run.mesh)
-
-
-def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:
-    """The record of a step over all ranks, by the names practitioners read."""
-    mine = [
-        {
-            "group": f"{run.mesh.rank}:{number}",
-            "reward": trajectory.reward,
-            "parts": trajectory.rewards,
-            "tokens": trajectory.completion_tokens,
-            "turns": trajectory.turns,
-            "clipped": trajectory.status in ("token_limit", "turn_limit", "time_limit"),
-            "failed": trajectory.status == "failed",
-            "executions": [execution.ok for execution in trajectory.executions],
-        }
-        for number, group in enumerate(groups)
-        for trajectory in group.trajectories
-    ]
-    rows = [row for part in run.mesh.all_gather_object(mine) for row in part]
-    by_group: dict[str, list[float]] = {}
-    for row in rows:
-        by_group.setdefault(row["group"], []).append(row["reward"])
-    executions = [ok for row in rows for ok in row["executions"]]
-    record = {
-        "reward": fmean(row["reward"] for row in rows),
-        "reward_std": fmean(stdev(rewards) for rewards in by_group.values()),
-        "frac_reward_zero_std": fmean(len(set(rewards)) == 1 for rewards in by_group.values()),
-        "completions/mean_length": fmean(row["tokens"] for row in rows),
-        "completions/clipped_ratio": fmean(row["clipped"] for row in rows),
-        "completions/failed_ratio": fmean(row["failed"] for row in rows),
-        "completions/mean_turns": fmean(row["turns"] for row in rows),
-        "tools/failure_frequency": 1 - fmean(executions) if executions else 0.0,
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
-        "lr": update.lr,
-        "skipped_steps": float(update.skipped),
-        "perf/peak_memory_gib": peak_memory_gib(run.mesh.device),
-    }
-    record |= {f"rewards/{name}": fmean(row["parts"][name] for row in rows) for name in rows[0]["parts"]}
-    return {**record, **summarise(update.stats), **timer.metrics()}
 
 
 def _recipe(run: Run) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..engine.config import Config, kv_bytes
+from ..engine.config import Config
 from ..engine.hf import read_config
 from ..engine.mesh import Mesh
 from ..engine.metrics import free_memory, peak_memory_gib, tree_rss_gib
 from ..engine.planner import Plan, plan_memory
 from ..engine.proposal import check_fits
+from ..engine.settings import kv_bytes
 
 
 class PlannedMemory:

@@ -6,9 +6,9 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
-from ..engine.config import kv_bytes
 from ..engine.metrics import free_memory
 from ..engine.model import Model
+from ..engine.settings import kv_bytes
 from ..rollout.agent import AgentLimits, run_agent
 from ..rollout.record import Recorder, write_records
 from ..rollout.sampler import Sampler, SamplingParams

@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.train train
 
-Synthesis, SFT, evaluation, GRPO, evaluation, plots. Each stage leaves its result in the run's folder, so a run that was
-stopped goes on by the same command. The last line of output is JSON.
+Synthesis, SFT, evaluation, the hierarchical reward model where ``hrm.steps`` asks for one, GRPO, evaluation, plots.
+Each stage leaves its result in the run's folder, so a run that was stopped goes on by the same command. The last line
+of output is JSON.
 """
 
 import json
@@ -21,6 +22,7 @@ from ..engine.plots import plot_run
 from ..rollout.view import trajectory_panel
 from .evaluate import evaluate
 from .grpo import grpo
+from .hrm import hrm
 from .policy import load_policy
 from .rollouts import Rollouts
 from .run import Run, launch
@@ -37,7 +39,10 @@ def train(run: Run) -> None:
         run.say(f"{run.folder} is finished; for another run give run.name=NAME or remove the folder")
     else:
         synthesize(run)
-        results = {name: _evaluated(run, name, stage) for name, stage in (("sft", sft), ("grpo", grpo))}
+        results = {"sft": _evaluated(run, "sft", sft)}
+        if run.config.hrm.steps:
+            hrm(run)
+        results["grpo"] = _evaluated(run, "grpo", grpo)
         peak = sum(run.mesh.all_gather_object(run.memory.stop()))
         if run.is_main:
             write_atomically(summary_file, json.dumps(_summary(run, results, peak), indent=1))

@@ -9,6 +9,7 @@ import unicodedata
 from datetime import datetime
 
 from ..rollout.task import Task
+from ..rollout.trajectory import Trajectory
 
 RELATIVE = 0.03  # DataMind, arXiv 2509.25084: numbers agree within 3 % of the right one
 ABSOLUTE = 1e-6  # around 0, where a share means nothing
@@ -57,6 +58,18 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
     if task.answer_type == "number" and len(parse_numbers(task.answer)) == 1:
         return same_number(prediction, task.answer, tolerance=RELATIVE)
     return same_value(prediction, task.answer, tolerance=0.0)
+
+
+def trajectory_correct(trajectory: Trajectory) -> bool:
+    """Whether the answer with which a trajectory ended is right, see ``answer_correct``."""
+    return answer_correct(trajectory.answer, trajectory.task)
+
+
+def needs_judge(prediction: str | None, task: Task) -> bool:
+    """Whether only a judge can tell: the right answer is free text, and the prediction is another one."""
+    return (
+        task.answer_type == "free" and bool(prediction and prediction.strip()) and not answer_correct(prediction, task)
+    )
 
 
 def named_values(text: str) -> dict[str, str | None]:

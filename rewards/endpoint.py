@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -18,7 +19,7 @@ from .verdict import SYSTEM, parse
 TRIES = 3  # replies that are no verdict, then there is none
 ATTEMPTS = 6  # of a request that fails, over about 12 s, in which a server may restart or a rate limit pass
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # doubled after each failure
-PATIENCE_S = 180.0  # of one question; no request begins later
+PATIENCE_S = 300.0  # of a call, in which other ranks wait; no request begins later
 CONNECT_S = 10.0
 LOST_AFTER = 3  # questions in a row without a reply; the others of the call are not asked then
 MAX_REPLY_BYTES = 2**20
@@ -76,35 +77,38 @@ class Endpoint:
         with httpx.Client(headers=headers, timeout=timeout, limits=limits) as client:
             pool = ThreadPoolExecutor(self._concurrency, "judge")
             try:
-                return list(pool.map(lambda prompt: self._verdict(client, prompt, attempts), prompts))
+                call = _Call(client, attempts, time.monotonic() + PATIENCE_S)
+                return list(pool.map(lambda prompt: self._verdict(call, prompt), prompts))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # of those left when the run is interrupted
 
-    def _verdict(self, client: httpx.Client, prompt: str, attempts: int) -> bool | str:
+    def _verdict(self, call: "_Call", prompt: str) -> bool | str:
         if self._failures >= LOST_AFTER:
             return "it was lost a moment ago"
+        if time.monotonic() > call.deadline:
+            return f"it took more than {PATIENCE_S:g} s for the others"
         reply = ""
         try:
             for _ in range(TRIES):
-                reply = self._patiently(client, prompt, attempts)
+                reply = self._patiently(call, prompt)
                 if (verdict := parse(reply)) is not None:
                     return verdict
         except _NoReply as error:
             return str(error)
         return f"its reply is no verdict: {_one_line(reply)!r}"
 
-    def _patiently(self, client: httpx.Client, prompt: str, attempts: int) -> str:
+    def _patiently(self, call: "_Call", prompt: str) -> str:
         """A reply, by up to so many attempts."""
-        begin, attempt = time.monotonic(), 0
+        attempt = 0
         while True:
             attempt += 1
             try:
-                reply = self._reply(client, prompt)
+                reply = self._reply(call.client, prompt)
             except _NoReply as error:
                 if not error.is_transient:
                     raise
                 wait_s = error.wait_s if error.wait_s is not None else _backoff_s(prompt, attempt)
-                if attempt >= attempts or time.monotonic() - begin + wait_s > PATIENCE_S:
+                if attempt >= call.attempts or time.monotonic() + wait_s > call.deadline:
                     with self._lock:
                         self._failures += 1
                     raise
@@ -154,6 +158,15 @@ class Endpoint:
             if time.monotonic() - begin > self._timeout_s:
                 raise _NoReply(f"its reply took more than {self._timeout_s:g} s")
         return content
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the questions of one call share: connections, attempts of a request, and when the last may begin."""
+
+    client: httpx.Client
+    attempts: int
+    deadline: float
 
 
 class _NoReply(Exception):

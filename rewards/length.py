@@ -17,6 +17,19 @@ def length_reward(tokens: int) -> float:
     return 1.0 - 0.5 * min(max(done, 0.0), 1.0)
 
 
+def overlong_cost(tokens: int, limit: int, buffer: int) -> float:
+    """What a trajectory loses near its limit: nothing up to ``limit - buffer`` tokens, then linearly up to 1.
+
+    Source: DAPO, arXiv 2503.14476, eq. 13, with its sign turned.
+
+    Args:
+        tokens: of the trajectory.
+        limit: tokens at which it is cut.
+        buffer: at least 1.
+    """
+    return min(max((tokens - (limit - buffer)) / buffer, 0.0), 1.0)
+
+
 def length_cost(tokens: int, coef: float, target: int) -> float:
     """c_len of a trajectory: ``coef * max(0, tokens / target - 1)``, at most 0.5.
 

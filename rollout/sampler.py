@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..engine.config import kv_bytes
 from ..engine.errors import UserError
 from ..engine.exact import check_exact
 from ..engine.metrics import ProgressBar, free_memory
 from ..engine.model import Model
+from ..engine.settings import kv_bytes
 from .cache import BlockTables, Copies, KVCache
 from .draw import SamplingParams, stream_key
 from .forward import Forward

@@ -5,7 +5,7 @@ Token in, token out: a trajectory holds the ids that were sampled; nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,8 @@ Status = Literal["answered", "void", "turn_limit", "token_limit", "time_limit", 
 # Trajectories that end so carry no policy-gradient loss under `mask_void` (DataMind, arXiv 2509.25084); an
 # error_limit is the policy's own doing in well-formed turns, so it keeps its loss. A failed one, for which the model
 # gave no finite number or whose task's file is gone, carries none in any case.
-VOID_STATUSES: frozenset[str] = frozenset({"void", "turn_limit", "token_limit", "time_limit", "failed"})
+TRUNCATED: frozenset[Status] = frozenset({"turn_limit", "token_limit", "time_limit"})
+VOID_STATUSES: frozenset[Status] = TRUNCATED | {"void", "failed"}
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Trajectory:
         executions: the results of the code turns, in order.
         rewards: the reward's parts by name, filled by `rewards`.
         reward, advantage: filled by `rewards` and the objective.
+        scored: False where no judge gave a verdict: its group is compared without it.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class Trajectory:
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
     advantage: float = 0.0
+    scored: bool = True
 
     @property
     def token_ids(self) -> list[int]:
@@ -112,20 +115,21 @@ class Trajectory:
             "reward": self.reward,
             "rewards": self.rewards,
             "advantage": self.advantage,
+            "scored": self.scored,
             "turns": self.turns,
             "completion_tokens": self.completion_tokens,
             "spans": [{"writer": span.writer, "text": tokenizer.decode(span.token_ids)} for span in self.spans],
             "executions": [asdict(execution) for execution in self.executions],
         }
 
-    def to_example(self, *, mask_void: bool = False, group: int = -1) -> Example:
+    def to_example(self, *, mask: Collection[Status] = (), group: int = -1) -> Example:
         """The trajectory as a training example: loss weight 1 on each token that the model sampled, else 0.
 
         Args:
-            mask_void: True gives weight 0 everywhere when the trajectory is void.
+            mask: a trajectory that ended so has weight 0 everywhere, as one that failed or was not scored always has.
             group: number of its group, carried along.
         """
-        masked = self.status == "failed" or (mask_void and self.is_void)
+        masked = self.status == "failed" or not self.scored or self.status in mask
         return spans_to_example(self.spans, advantage=self.advantage, masked=masked, group=group)
 
 

@@ -20,7 +20,7 @@ from groupwise.rollout.draw import SamplingParams
 from groupwise.rollout.grammar import GRAMMARS, Grammar, Step, all_tags
 from groupwise.rollout.sampler import Completion, Sampler
 from groupwise.rollout.sandbox import Execution, Sandbox
-from groupwise.rollout.trajectory import Status, Trajectory, cap_text
+from groupwise.rollout.trajectory import VOID_STATUSES, Status, Trajectory, cap_text
 
 
 class Pieces:
@@ -127,7 +127,7 @@ def test_a_thousand_random_trajectories_train_exactly_what_was_sampled() -> None
         failed = found.status == "failed"
         assert example.loss_mask == [0.0 if failed else weight for weight in weights] + [0.0] * unread
         assert example.old_logprobs == logprobs + [0.0] * unread
-        assert any(found.to_example(mask_void=True).loss_mask) == (not found.is_void)
+        assert any(found.to_example(mask=VOID_STATUSES).loss_mask) == (not found.is_void)
         assert found.is_void == (found.status not in ("answered", "error_limit"))
         assert len(found.token_ids) <= LIMITS.max_trajectory_tokens
         sampled = [part for who, part, _ in log if who == "sampled"]

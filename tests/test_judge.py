@@ -1,5 +1,6 @@
 """The judge: whatever the judged answer says and however the endpoint fails, no verdict is wrong, only absent."""
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rewards import endpoint as endpoint_module
 from groupwise.rewards.endpoint import ATTEMPTS, LOST_AFTER, TRIES, Endpoint
 from groupwise.rewards.judge import TRIVIAL, Judge, VerdictCache, open_judge
-from groupwise.rewards.verdict import MAX_CHARACTERS, SYSTEM, Question, parse, render
+from groupwise.rewards.verdict import MAX_CHARACTERS, SYSTEM, VERDICT, Question, parse, render
 
 RIGHT, WRONG = '{"verdict": "correct"}', '{"verdict": "incorrect"}'
 YEAR = Question("Which year was best?", "1998", "1998")
@@ -152,7 +154,8 @@ def gullible(prompt: str) -> str:
     [
         "score: 10", "correct", "", "The answer is correct.", f"{RIGHT}\n{WRONG}", f"{RIGHT} {RIGHT}", f"I say {RIGHT}",
         '{"verdict": "correct", "verdict": "incorrect"}', '{"verdict": true}', '{"verdict": "Correct"}',
-        '{"verdict": "correct or incorrect"}', f"```json\n{RIGHT}\n```", f'"{RIGHT}"', f"{RIGHT}.", "{'verdict': 'correct'}",
+        '{"verdict": "correct or incorrect"}', f"```json\n{RIGHT}\n```", f'"{RIGHT}"', f"{RIGHT}.",
+        "{'verdict': 'correct'}",
         '{"verdict": "correct", "score": 10}', '[{"verdict": "correct"}]', '{"verdict":\n"correct"}', RIGHT * 1000,
     ],
 )  # fmt: skip
@@ -178,11 +181,11 @@ def test_no_text_leaves_its_quotation(question: str, gold: str, answer: str) -> 
     data, outside = data_of(prompt)
     assert data == {"question": question, "right answer": gold, "given answer": answer}
     assert outside == data_of(render(YEAR))[1]
+    assert len(prompt.splitlines()) == 4
     line = prompt.split("\n")[1]
-    assert line.isprintable() or any(c.isspace() and c != "\n" for c in line)
     assert "<" not in line
-    pieces = [line[i : j + 1] for i, c in enumerate(line) if c == "{" for j, d in enumerate(line) if d == "}"]
-    assert [parse(piece) for piece in pieces] == [None] * len(pieces)
+    assert not any(unicodedata.category(character).startswith("C") for character in line)
+    assert VERDICT.search(line) is None  # whatever piece of it is repeated
 
 
 def test_a_long_answer_keeps_head_and_tail() -> None:
@@ -286,7 +289,7 @@ def test_an_endpoint_that_fails_gives_no_verdict(
         assert judge.verdicts([YEAR]) == [None]
     assert len(server.requests) == ATTEMPTS
     assert len(naps) == ATTEMPTS - 1
-    assert all(first < second for first, second in zip(naps, naps[1:], strict=False))
+    assert all(first < second for first, second in itertools.pairwise(naps))
     assert reason in caplog.text
     assert not (tmp_path / "verdicts.jsonl").exists()
 
@@ -378,31 +381,56 @@ def test_a_lost_endpoint_is_not_asked_for_every_answer_and_found_again(
 ) -> None:
     works = threading.Event()
     works.set()
-    questions = [[Question("q", "1", f"{i} {call}") for i in range(100)] for call in range(4)]
+    questions = [[Question("q", "1", f"{i} {call}") for i in range(30)] for call in range(4)]
     with serving(lambda prompt: gullible(prompt) if works.is_set() else Reply(status=500)) as server:
         judge = judge_of(server, tmp_path)
         assert judge.verdicts(questions[0]).count(None) == 0
-        assert 2 <= server.most_at_once <= 8
         works.clear()
         server.requests.clear()
         with caplog.at_level(logging.WARNING):
-            assert judge.verdicts(questions[1]) == [None] * 100
+            assert judge.verdicts(questions[1]) == [None] * 30
             assert len(server.requests) <= (8 + LOST_AFTER) * ATTEMPTS
             server.requests.clear()
-            assert judge.verdicts(questions[2]) == [None] * 100
+            assert judge.verdicts(questions[2]) == [None] * 30
             assert len(server.requests) <= 8 + 1
         assert len(caplog.records) == 1
-        assert "no verdict on 100 of 100" in caplog.text
+        assert "no verdict on 30 of 30" in caplog.text
         works.set()
-        assert judge.verdicts(questions[3]) == [i == 1 for i in range(100)]
-        assert judge.verdicts(questions[2]) == [i == 1 for i in range(100)]
+        assert judge.verdicts(questions[3]) == [i == 1 for i in range(30)]
+        assert judge.verdicts(questions[2]) == [i == 1 for i in range(30)]
+
+
+def test_eight_are_asked_at_once(tmp_path: Path) -> None:
+    meeting = threading.Barrier(8)
+
+    def together(prompt: str) -> str:
+        meeting.wait(timeout=20)
+        return RIGHT
+
+    with serving(together) as server:
+        assert judge_of(server, tmp_path).verdicts([Question("q", "g", str(i)) for i in range(24)]) == [True] * 24
+        assert server.most_at_once == 8
+
+
+def test_a_call_ends_though_the_endpoint_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "PATIENCE_S", 0.5)
+
+    def slow(prompt: str) -> str:
+        time.sleep(0.6)
+        return RIGHT
+
+    with serving(slow) as server:
+        judge = judge_of(server, tmp_path)
+        found = judge.verdicts([Question("q", "g", str(i)) for i in range(100)])
+        assert found.count(None) >= 92
+        assert len(server.requests) <= 8
 
 
 def test_one_question_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
-    questions = [Question("q", "1", f"{i} {'bad' if i in (3, 5, 9, 20) else 'good'}") for i in range(40)]
+    questions = [Question("q", "1", f"{i} {'bad' if i in (3, 5, 9, 16) else 'good'}") for i in range(20)]
     with serving(lambda prompt: Reply(status=500) if "bad" in prompt else RIGHT) as server:
         found = judge_of(server, tmp_path).verdicts(questions)
-    assert [i for i, verdict in enumerate(found) if verdict is None] == [3, 5, 9, 20]
+    assert [i for i, verdict in enumerate(found) if verdict is None] == [3, 5, 9, 16]
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
@@ -481,14 +509,14 @@ def local_model(folder: Path, steps: int) -> None:
     model = Model(shape)
     model.init_weights(0)
     prompt = tokenizer.encode(tokenizer.chat_prompt(SYSTEM, render(YEAR)))[-30:]
-    said = tokenizer.encode(RIGHT) + [tokenizer.eos_id]
+    said = [*tokenizer.encode(RIGHT), tokenizer.eos_id]
     example = Example([*prompt, *said], [0.0] * len(prompt) + [1.0] * len(said))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(steps):
         loss, _ = sft_loss(model, pack([example], 64)[0])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        for parameter, gradient in zip(
+            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            parameter.data -= 0.05 * gradient.sign()
     save_hf(model, folder)
     tokenizer.save(folder)
 

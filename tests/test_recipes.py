@@ -22,7 +22,7 @@ from groupwise.engine.objective import policy_loss
 from groupwise.engine.schedule import Schedule
 from groupwise.recipes.evaluate import Outcome, summarise
 from groupwise.recipes.experts import Experts
-from groupwise.recipes.grpo import drawn, to_batches
+from groupwise.recipes.grpo import drawn, set_advantages, to_minibatches
 from groupwise.recipes.policy import load_policy
 from groupwise.recipes.rollouts import my_share, open_sandbox
 from groupwise.recipes.run import Run
@@ -296,7 +296,9 @@ def test_equal_rewards_move_nothing_to_the_last_bit(right: int, finished: tuple[
     task = Task("t", "q", (), "", "1", "number", "counting")
     group = Group(task, [trajectory(task, sample, sample < right) for sample in range(4)])
     training = Training(state, policy, "grpo", 1, Schedule("constant", 0.1, 0.1, 1))
-    update = training.update(0, to_batches(state, [group], []), policy_loss)
+    set_advantages(group, state)
+    (batches,) = to_minibatches(state, [group], [])
+    update = training.update(0, batches, policy_loss)
     training.metrics.close()
     moved = any(not torch.equal(old, shard.data) for old, shard in zip(before, policy.model.shards, strict=True))
     assert moved == (right == 2)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from groupwise.rewards.length import length_cost, length_reward
+from groupwise.rewards.length import length_cost, length_reward, overlong_cost
 
 
 def test_length_reward() -> None:
@@ -29,3 +29,16 @@ def test_length_reward() -> None:
 )
 def test_length_cost(tokens: int, coef: float, target: int, cost: float) -> None:
     assert length_cost(tokens, coef, target) == pytest.approx(cost)
+
+
+def test_overlong_cost_is_that_of_dapo() -> None:
+    limit, buffer = 100, 20
+    for tokens in range(130):
+        # arXiv 2503.14476, eq. 13, with its names
+        if tokens <= limit - buffer:
+            punishment = 0.0
+        elif tokens <= limit:
+            punishment = ((limit - buffer) - tokens) / buffer
+        else:
+            punishment = -1.0
+        assert overlong_cost(tokens, limit, buffer) == pytest.approx(-punishment)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groupwise.rollout.task import Task
-from groupwise.rollout.trajectory import Span, Trajectory, cap_text, spans_to_example
+from groupwise.rollout.trajectory import VOID_STATUSES, Span, Trajectory, cap_text, spans_to_example
 
 TASK = Task("t1", "How many?", (), "", "3", "number", "counting")
 WRITERS = ("prompt", "model", "environment", "forced")
@@ -46,7 +46,7 @@ def test_void_trajectories_leave_the_loss_only_when_asked() -> None:
     for status, void in (("answered", False), ("void", True), ("turn_limit", True), ("error_limit", False)):
         trajectory = Trajectory(TASK, 0, spans, status=status)
         assert trajectory.to_example().loss_mask == [0.0, 1.0, 1.0]
-        assert trajectory.to_example(mask_void=True).loss_mask == [0.0, *([0.0 if void else 1.0] * 2)]
+        assert trajectory.to_example(mask=VOID_STATUSES).loss_mask == [0.0, *([0.0 if void else 1.0] * 2)]
 
 
 def test_expert_spans_have_no_logprobs() -> None:

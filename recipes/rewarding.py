@@ -1,0 +1,70 @@
+"""What a run's trajectories earn: its curriculum, its hierarchical reward model and its judge."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..engine.errors import UserError
+from ..engine.tokenizer import Tokenizer
+from ..rewards.curriculum import score, structure_schedule
+from ..rewards.hierarchical import HierarchicalReward
+from ..rewards.judge import open_judge
+from ..rollout.task import Task
+from ..rollout.trajectory import Group
+from .policy import compute_dtype
+from .run import Run
+
+
+class Rewarding:
+    """Scores groups step by step, as configured.
+
+    Args:
+        run: configuration and ranks.
+        tokenizer: of the policy, and of the reward model.
+        tasks: all that may be asked.
+
+    Raises:
+        UserError: there are answers in free text and no judge, the judge does not answer, or the reward model is not
+            there.
+    """
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, tasks: Sequence[Task]) -> None:
+        self._run, self._tokenizer, settings = run, tokenizer, run.config.reward
+        self._structure = structure_schedule(settings, run.config.grpo.steps)
+        free = next((task for task in tasks if task.answer_type == "free"), None)
+        if free is not None and not settings.judge:
+            raise UserError(f"the answer of task {free.id!r} is free text, but reward.judge is empty; name a judge")
+        self._judge = open_judge(settings.judge, run.folder / "judge.jsonl") if settings.judge else None
+        if self._judge is not None:
+            self._judge.check()
+        self._hrm = _load_hrm(run) if settings.kind == "datarus" else None
+
+    def score(self, groups: Sequence[Group], step: int) -> None:
+        """Fills the rewards of this rank's groups. Every rank calls it together."""
+        config = self._run.config
+        score(
+            groups,
+            tokenizer=self._tokenizer,
+            settings=config.reward,
+            structure_weight=self._structure(step),
+            max_trajectory_tokens=config.rollout.max_trajectory_tokens,
+            semantic=self._hrm,
+            judge=self._judge,
+        )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The weight of structure at a step, and this rank's figures of the judge since the last call."""
+        found = {"reward/structure_weight": self._structure(step)} if self._run.config.reward.kind == "datarus" else {}
+        return found | (self._judge.metrics() if self._judge is not None else {})
+
+
+def _load_hrm(run: Run) -> HierarchicalReward | None:
+    settings, optimizer = run.config.hrm, run.config.optimizer
+    if not settings.folder and not settings.steps:
+        return None
+    return HierarchicalReward(
+        Path(settings.folder or run.folder / "hrm" / "model"),
+        run.mesh,
+        tokens_per_microbatch=optimizer.tokens_per_microbatch,
+        dtype=compute_dtype(run),
+        offload=optimizer.offload != "none",
+    )
