@@ -6,7 +6,7 @@ is a count over all ranks and micro-batches known before the backward pass: so n
     advantages = group_advantages(rewards)                            # per group
     counts = count(examples).summed(mesh)                             # per step, over the ranks
     weigh(examples, counts, loss_type="dapo")                         # per token
-    loss_fn = functools.partial(policy_loss, clip_low=0.2, clip_high=0.28)
+    loss_fn = functools.partial(policy_loss, loss_type="dapo", clip_low=0.2, clip_high=0.28)
     update = optimise(policy, optimizer, pack(examples, budget), loss_fn, ...)
     metrics = summarise(update.stats)
 

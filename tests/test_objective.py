@@ -122,9 +122,9 @@ def test_what_is_not_finite_makes_the_loss_nan_and_moves_nothing(broken: str, lo
         setattr(batch, name, batch.rollout_logprob.clone())
     place = int((batch.weight != 0).nonzero()[3])
     getattr(batch, broken)[place] = math.nan
-    loss, stats = policy_loss(
-        policy, batch, loss_type=loss_type, importance_correction="truncated", beta=0.1, entropy_coef=0.1
-    )
+    correction = "truncated" if broken == "rollout_logprob" else "none"
+    options = {"importance_correction": correction, "beta": 0.1, "entropy_coef": 0.1}
+    loss, stats = policy_loss(policy, batch, loss_type=loss_type, **options)
     loss.backward()
     assert loss.isnan()
     assert (stats["nonfinite"], stats["nonfinite_min"]) == (1, place)

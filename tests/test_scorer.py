@@ -69,6 +69,15 @@ def test_packed_scores_are_those_of_each_step_alone(budget: int) -> None:
         assert pairs == pytest.approx([pair for _, pair in rows[1:]], abs=1e-5)
 
 
+def test_steps_that_samples_have_in_common_are_read_for_each_of_them() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 7, 8]
+    data = [StepSequence([*ids, last], 2, [3, 6, 8], group=0) for last in (9, 10, 10)]
+    scorer = small_scorer()
+    got = score_steps(ShardedModel(scorer, alone()), data, 100)
+    for sequence, (steps, _) in zip(data, got, strict=True):
+        assert steps == pytest.approx([step for step, _ in alone_in_pieces(scorer, sequence)], abs=1e-5)
+
+
 def test_places_are_the_last_tokens_of_steps() -> None:
     data = sequences(2)
     for batch in pack_steps(data, 60):

@@ -117,6 +117,14 @@ def test_one_path_is_the_trajectory() -> None:
     assert sequence == step_sequence(word.spans, [0.0, 1.0, 1.0])
 
 
+def test_equal_turns_with_other_results_are_other_steps() -> None:
+    root, first, second = Node([]), trajectory("a3"), trajectory("a4")
+    second.spans[2] = Span("environment", Characters().encode("another"))
+    for found in (first, second):
+        insert(root, found, Characters())
+    assert [child.leaves() for child in root.children] == [(1, 1), (0, 1)]
+
+
 class Policy:
     """Answers or goes on by chance, and counts what it is asked."""
 
