@@ -40,6 +40,7 @@ setup(
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "nbformat>=5",
+        "httpx>=0.27",
     ],
     extras_require={
         "cuda": ["flash-attn", "xformers"],

@@ -121,7 +121,7 @@ def work(runs: Path, config: str, name: str, seed: int, overrides: Sequence[str]
     folder = folder_of(runs, config, name, seed)
     options = [] if name == BASE else RUNS[config][name].split()
     where = [f"run.folder={runs}", f"run.name={folder.name}", f"run.seed={seed}"]
-    run = Run(load_config(config, [*options, *where, *overrides]), Mesh.create(), phases=())
+    run = Run(load_config(config, [*overrides, *options, *where]), Mesh.create(), phases=())
     if name == BASE:
         synthesize(run)
         model = sft(run)

@@ -235,7 +235,7 @@ DIAGNOSES = (
     Diagnosis(
         "entropy_collapse",
         _entropy_collapse,
-        "Lower grpo.lr, or raise rollout.temperature or grpo.beta.",
+        "Raise grpo.entropy_coef, rollout.temperature or grpo.beta, or lower grpo.lr.",
     ),
     Diagnosis(
         "kl_spike", _kl_spike, "Lower grpo.lr or optimizer.max_grad_norm, or raise grpo.beta; go back to a checkpoint."

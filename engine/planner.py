@@ -34,9 +34,10 @@ Items = dict[str, int]
 
 PHASES = ("load", "rollout", "log-probabilities", "update", "checkpoint")
 ITEMS = (
-    *("weights", "moments", "reference", "gradients", "gather buffers", "reduce buffers"),
+    *("weights", "moments", "reference", "reward model", "gradients", "gather buffers", "reduce buffers"),
     *("activations", "logits chunk", "update copies", "KV blocks", "snapshot", "I/O tensors"),
 )
+FROZEN = ("reference", "reward model")
 PREFILL_TOKENS = 4096  # of one step of rollout.Sampler
 EVALUATED_TASKS = 32  # of a rank at once, in recipes/evaluate.py
 
@@ -131,7 +132,7 @@ def plan_memory(config: Config, num_ranks: int, device_type: str, phases: Sequen
     for name in PHASES:
         if name in phases:
             fullest = max(moments[name], key=lambda items: sum(items.values()))
-            host = {k: v for k, v in rank.host.items() if name != "load" or k in ("weights", "reference")}
+            host = {k: v for k, v in rank.host.items() if name != "load" or k in ("weights", *FROZEN)}
             if name in ("load", "checkpoint") and rank.cuda:
                 host["I/O tensors"] = rank.passing
             found.append(Phase(name, {k: v for k, v in fullest.items() if v}, host))
@@ -190,7 +191,9 @@ class _Rank:
         # Copies of the model take turns by unit to save them (engine/manifest.py).
         turns = (layout.part[copy :: layout.num_copies] for copy in range(layout.num_copies))
         saved = max(map(sum, turns)) * sum(state.values()) // elements
-        reference = {"reference": self.c * elements if config.grpo.beta and "log-probabilities" in phases else 0}
+        scores = config.reward.kind == "datarus" and (config.hrm.folder or config.hrm.steps)
+        frozen = [("reference", config.grpo.beta), ("reward model", scores)]  # the latter's head is small
+        reference = {k: self.c * elements for k, used in frozen if used and "log-probabilities" in phases}
         self.held = {"none": state | reference, "reference": state, "all": {}}[settings.offload]  # from load to end
         snapshot = {"snapshot": saved} if "checkpoint" in phases else {}  # kept from one save to the next
         self.host = {k: v for k, v in (state | reference).items() if k not in self.held and v} | snapshot
@@ -344,7 +347,7 @@ class _Rank:
     def load(self) -> list[Items]:
         """Units are made one after another, their buffers freed at once; then their shards are filled."""
         weights = {name: size for name, size in self.held.items() if name == "weights"}
-        both = {name: size for name, size in self.held.items() if name in ("weights", "reference")}
+        both = {name: size for name, size in self.held.items() if name in ("weights", *FROZEN)}
         buffer = self.c * max(self.layout.whole)
         return [
             weights | {"gather buffers": 0 if self.is_master else buffer},
@@ -383,8 +386,8 @@ class _Rank:
         return 6 * sequences * splits * self.model.num_attention_heads * (self.model.head_size + 1)
 
     def logprobs(self) -> list[Items]:
-        """A forward pass without a graph: of the reference, or of the policy where there is none."""
-        reference = bool(self.config.grpo.beta)
+        """A forward pass without a graph: of a frozen model, or of the policy where there is none."""
+        reference = any(name in self.held | self.host for name in FROZEN)
         hidden = self.c * self.T * self.model.hidden_size
         two, root = (self.gathered(blocks, reference) for blocks in (min(2, self.model.num_hidden_layers), 0))
         return [

@@ -16,7 +16,7 @@ from typing import Any
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..engine.metrics import progress
-from ..rewards.answer import answer_correct
+from ..rewards.answer import trajectory_correct
 from ..rollout.task import read_tasks
 from .policy import Policy, load_policy
 from .rollouts import Rollouts, my_share
@@ -70,7 +70,7 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
         )
         for group in groups:
             for trajectory in group.trajectories:
-                trajectory.reward = float(answer_correct(trajectory.answer, group.task))
+                trajectory.reward = float(trajectory_correct(trajectory))
                 trajectory.rewards = {"answer": trajectory.reward}
         rollouts.record(f"evaluate/{name}/{index:06d}", groups)
         outcomes += [

@@ -277,7 +277,7 @@ def test_sizes_of_later_layers_are_theirs():
 
 
 def test_what_lasts_is_counted_from_the_parameters():
-    config = load_config("datarus_14b")
+    config = load_config("datarus")
     with torch.device("meta"):
         elements = sum(parameter.numel() for parameter in Model(config.model).parameters())
     for ranks in (1, 8, 24):
@@ -293,37 +293,37 @@ def test_what_lasts_is_counted_from_the_parameters():
 
 
 def test_copies_of_the_model_hold_more_and_save_in_turns():
-    config = load_config("datarus_14b", ["run.shard_size=4"])
-    one, two = plan_memory(load_config("datarus_14b"), 8, "cuda").phases[4], plan_memory(config, 8, "cuda").phases[4]
+    config = load_config("datarus", ["run.shard_size=4"])
+    one, two = plan_memory(load_config("datarus"), 8, "cuda").phases[4], plan_memory(config, 8, "cuda").phases[4]
     assert two.device["weights"] == pytest.approx(2 * one.device["weights"], rel=1e-3)
     assert two.host["snapshot"] == pytest.approx(one.host["snapshot"], rel=0.15)
 
 
 def test_a_recipe_without_a_phase_does_not_hold_its_items():
-    load, update = plan_memory(load_config("datarus_14b"), 8, "cuda", ("load", "update")).phases
+    load, update = plan_memory(load_config("datarus"), 8, "cuda", ("load", "update")).phases
     assert not {"reference", "KV blocks", "snapshot"} & {*load.device, *update.device, *load.host, *update.host}
 
 
 @pytest.mark.parametrize(("gpus", "memory"), [(2, 80e9), (4, 80e9), (8, 80e9), (8, 40e9)])
 def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpus, memory):
-    config = load_config("datarus_14b")
+    config = load_config("datarus")
     plan = plan_memory(config, gpus, "cuda")
     with pytest.raises(UserError, match="it fits") as refused:
         check_fits(config, plan, memory)
     proposal = propose(config, gpus, "cuda", memory)
     assert all(override in str(refused.value) for override in proposal.overrides)
-    changed = load_config("datarus_14b", proposal.overrides)
+    changed = load_config("datarus", proposal.overrides)
     check_fits(changed, plan_memory(changed, proposal.num_ranks, "cuda"), memory)
     for left_out in range(len(proposal.overrides)):  # none of its changes is idle
         fewer = [each for i, each in enumerate(proposal.overrides) if i != left_out]
         with pytest.raises(UserError):
-            check_fits(config, plan_memory(load_config("datarus_14b", fewer), proposal.num_ranks, "cuda"), memory)
+            check_fits(config, plan_memory(load_config("datarus", fewer), proposal.num_ranks, "cuda"), memory)
 
 
 def test_settings_are_proposed_before_more_ranks_and_the_impossible_is_said():
-    config = load_config("datarus_14b", ["activation_checkpointing=none"])
+    config = load_config("datarus", ["activation_checkpointing=none"])
     assert propose(config, 8, "cuda", 141e9).overrides == ("optimizer.activation_checkpointing=block",)
-    assert propose(load_config("datarus_14b"), 1, "cuda", 80e9).num_ranks > 1
+    assert propose(load_config("datarus"), 1, "cuda", 80e9).num_ranks > 1
     with pytest.raises(UserError, match="take a smaller model"):  # whole in bfloat16 it is larger than the GPU
         check_fits(config, plan_memory(config, 8, "cuda"), 24e9)
 
@@ -334,11 +334,11 @@ def run_plan(*arguments):
 
 
 def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2():
-    fits = run_plan("datarus_14b", "--gpus", "8x141GB")
+    fits = run_plan("datarus", "--gpus", "8x141GB")
     assert fits.returncode == 0, fits.stderr
     assert "KV blocks" in fits.stdout
     assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 98.7 GB")
-    refused = run_plan("datarus_14b", "rollout.kv_memory=20", "--gpus=2x80GB")
+    refused = run_plan("datarus", "rollout.kv_memory=20", "--gpus=2x80GB")
     assert refused.returncode == 2
     assert "log-probabilities" in refused.stdout
     assert re.fullmatch(r"error: phase \w+ needs .* it fits with .*\n", refused.stderr)

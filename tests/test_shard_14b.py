@@ -14,7 +14,7 @@ from groupwise.engine.optim import AdamW
 from groupwise.engine.reference import Reference
 from groupwise.engine.shard import ShardedModel
 
-QWEN2_5_14B = load_config("datarus_14b").model
+QWEN2_5_14B = load_config("datarus").model
 PARAMETERS = 14_770_033_664  # of Qwen/Qwen2.5-14B
 ROOT = 2 * 152064 * 5120 + 5120  # embedding, head and last norm
 RANKS, TOKENS = 8, 8192
