@@ -52,6 +52,19 @@ SMALL = [
     "run.checkpoint_every=2",
 ]
 
+# All of the objective that a tiny run can use at once.
+JOB = [
+    "hrm.steps=2",
+    "reward.overlong_buffer=64",
+    "grpo.beta=0.01",
+    "grpo.mu_peak=0.5",
+    "grpo.loss_type=gspo",
+    "grpo.entropy_coef=0.01",
+    "grpo.num_iterations=2",
+    "grpo.num_minibatches=2",
+    "grpo.max_sampling_rounds=2",
+]
+
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,7 +93,7 @@ def run(
 def finished(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a finished run of the main job on two ranks, and what it printed."""
     folder = tmp_path_factory.mktemp("main job")
-    done = run("train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5", cwd=folder, ranks=2)
+    done = run("train", f"tables={tables}", *JOB, cwd=folder, ranks=2)
     return folder / "runs" / "train", done.stdout
 
 
@@ -99,18 +112,24 @@ def test_the_main_job_ends_with_its_line_and_its_files(finished: tuple[Path, str
     assert [record["step"] for record in steps] == [0, 1]
     for record in steps:
         assert {"reward", "reward_std", "frac_reward_zero_std", "timing_s/generate"} <= set(record)
+        assert {"rewards/tag", "rewards/hrm", "rewards/overlong_cost", "reward/structure_weight"} <= set(record)
+        assert (record["groups/asked"], record["groups/contrasted"]) == (4, 0)  # two rounds: nobody is right
+        assert record["doctor/zero_reward_std"] == 0.0  # of three steps in a row
+    assert "after 2 rounds 0 of 2 groups have contrast" in printed
+    assert (folder / "hrm" / "model" / "config.json").exists()
 
 
 def test_the_trajectories_of_all_steps_are_on_disk_with_their_rewards(finished: tuple[Path, str]) -> None:
     folder = finished[0] / "trajectories"
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    names = ["evaluate/grpo/000000", "evaluate/sft/000000", "grpo/000000", "grpo/000001"]
-    assert files == [f"{name}.rank{rank}.jsonl" for name in names for rank in range(2)]
+    steps = [f"grpo/00000{step}{number}" for step in range(2) for number in ("", ".1")]
+    sizes = {"evaluate/grpo/000000": 6, "evaluate/sft/000000": 6, **dict.fromkeys(steps, 4)}
     records = {file: list(read_records(folder / file)) for file in files}
-    assert [len(records[file]) for file in files] == [6, 6, 6, 6, 4, 4, 4, 4]
+    expected = {f"{name}.rank{rank}.jsonl": size for name, size in sizes.items() for rank in range(2)}
+    assert {file: len(found) for file, found in records.items()} == expected
     steps = [json.loads(line) for line in (finished[0] / "grpo.jsonl").read_text().splitlines()]
     for number, step in enumerate(steps):
-        mine = [record for rank in range(2) for record in records[f"grpo/00000{number}.rank{rank}.jsonl"]]
+        mine = [record for file, found in records.items() if file.startswith(f"grpo/00000{number}") for record in found]
         assert sum(record["reward"] for record in mine) / len(mine) == pytest.approx(step["reward"])
         assert {"tag", "answer"} <= set(mine[0]["rewards"])
     for name in ("sft", "grpo"):
@@ -145,7 +164,7 @@ def test_sft_can_be_kept_to_the_first_wordings(finished: tuple[Path, str]) -> No
 def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     tables = json.loads((folder / "config.json").read_text())["data"]["tables"]
-    same = ["train", f"tables={tables}", "grpo.beta=0.01", "grpo.mu_peak=0.5"]
+    same = ["train", f"tables={tables}", *JOB]
     again = run(*same, "run.timeout_s=500", "optimizer.offload=reference", cwd=folder.parent.parent)
     assert again.stdout.splitlines()[-1] == printed.splitlines()[-1]
     other = run(
