@@ -125,7 +125,7 @@ class Naps(list[float]):
         self.append(seconds)
 
 
-def judge_of(server: Server, tmp_path: Path, naps: Naps | None = None, timeout_s: float = 5.0) -> Judge:
+def judge_of(server: Server, tmp_path: Path, naps: Naps | None = None, timeout_s: float = 60.0) -> Judge:
     model, _, url = server.spec.partition("@")
     endpoint = Endpoint(model, url, timeout_s=timeout_s, sleep=Naps() if naps is None else naps)
     return Judge(endpoint, VerdictCache(tmp_path / "verdicts.jsonl"), server.spec)
@@ -337,7 +337,7 @@ def test_a_slow_reply_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
             begin = time.monotonic()
             with pytest.raises(UserError, match=reason):
                 judge_of(server, tmp_path, timeout_s=0.2).check()
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 60
     over.set()
 
 
@@ -426,11 +426,13 @@ def test_a_call_ends_though_the_endpoint_is_slow(tmp_path: Path, monkeypatch: py
         assert len(server.requests) <= 8
 
 
-def test_one_question_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
-    questions = [Question("q", "1", f"{i} {'bad' if i in (3, 5, 9, 16) else 'good'}") for i in range(20)]
+def test_questions_that_fail_do_not_silence_those_between(tmp_path: Path) -> None:
+    questions = [Question(str(i), "1", "bad" if i % 2 else "good") for i in range(2 * LOST_AFTER + 2)]
     with serving(lambda prompt: Reply(status=500) if "bad" in prompt else RIGHT) as server:
-        found = judge_of(server, tmp_path).verdicts(questions)
-    assert [i for i, verdict in enumerate(found) if verdict is None] == [3, 5, 9, 16]
+        model, _, url = server.spec.partition("@")
+        endpoint = Endpoint(model, url, concurrency=1, sleep=Naps())
+        found = Judge(endpoint, VerdictCache(tmp_path / "verdicts.jsonl"), server.spec).verdicts(questions)
+    assert found == [None if i % 2 else True for i in range(len(questions))]
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
@@ -480,6 +482,17 @@ def test_processes_share_the_file(tmp_path: Path) -> None:
             for k in range(3):
                 assert reader.get(f"{process * 1000 + i * 3 + k:064x}") == ((i + k) % 2 == 0)
     assert reader.get("f" * 64) is None
+
+
+def test_a_line_that_another_process_is_writing_is_read_later(tmp_path: Path) -> None:
+    file, key = tmp_path / "verdicts.jsonl", "a" * 64
+    line = f'{{"key": "{key}", "verdict": true}}\n'
+    file.write_text(line[:50])
+    cache = VerdictCache(file)
+    assert cache.get(key) is None
+    file.write_text(line)
+    cache.refresh()
+    assert cache.get(key) is True
 
 
 def test_a_cache_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
