@@ -60,7 +60,7 @@ GPU_SHAPES = [(28, 1536, 8960, 12, 2, 151936, 4, 8, 64, 96)]
 CPU_SHAPES = [(4, 256, 768, 8, 2, 2048, 4, 8, 64, 96)]
 PHASES = ("generate", "reward", "reference", "update")
 BETA, CLIP, LR, MAX_NORM = 0.04, 0.2, 1e-5, 1.0
-MICROBATCH = 8192  # tokens
+MICROBATCH = 2048  # tokens: large enough for the products' full rate, and more would only hold more activations
 WARM = 2  # steps of each that do not count; TRL's first is the one that both must agree on
 MEMORY_STEPS = 3
 # How far loss and gradient norm may be apart, as a share.
@@ -341,7 +341,7 @@ def measure(shape: tuple[int, ...], args: Namespace) -> common.Row:
         {phase: statistics.median(each[phase] for each in steps[WARM:]) * 1e3 for phase in ("step", *PHASES)}
         for steps in turns.seconds.values()
     )
-    flops_a_ms = 2 * PRODUCT[args.device] ** 3 / min(time for name, time in rates.items() if name != "copy")
+    flops_a_ms = 2 * PRODUCT[args.device] ** 3 / min(ms for name, ms in rates.items() if name != "copy")
     return {
         "layers x H x I x Hq x Hkv x V": "x".join(map(str, shape[:6])),
         "prompts x completions": f"{shape[6]}x{shape[7]}",
