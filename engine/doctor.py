@@ -259,7 +259,7 @@ DIAGNOSES = (
     Diagnosis(
         "judge_failing",
         _judge_failing,
-        "Mend the judge's endpoint, whose error its warning gives, or name another one.",
+        "Mend the endpoint of reward.judge, whose error its warning gives, or name another one.",
     ),
     Diagnosis(
         "nonfinite_gradient",

@@ -68,7 +68,8 @@ def grpo(run: Run) -> Path:
     )
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)
-    doctor = Doctor(folder / "doctor.jsonl", run.mesh, read_records(training.metrics.path), training.start)
+    records = read_records(training.metrics.path) if run.is_main else ()
+    doctor = Doctor(folder / "doctor.jsonl", run.mesh, records, training.start)
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
             timer = Timer(run.mesh.device)

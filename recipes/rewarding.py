@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine.errors import UserError
+from ..engine.together import together
 from ..engine.tokenizer import Tokenizer
 from ..rewards.curriculum import score, structure_schedule
 from ..rewards.hierarchical import HierarchicalReward
@@ -35,7 +36,7 @@ class Rewarding:
             raise UserError(f"the answer of task {free.id!r} is free text, but reward.judge is empty; name a judge")
         self._judge = open_judge(settings.judge, run.folder / "judge.jsonl") if settings.judge else None
         if self._judge is not None:
-            self._judge.check()
+            together(run.mesh, self._judge.check if run.is_main else lambda: None)
         self._hrm = _load_hrm(run) if settings.kind == "datarus" else None
 
     def score(self, groups: Sequence[Group], step: int) -> None:
@@ -52,9 +53,12 @@ class Rewarding:
         )
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The weight of structure at a step, and this rank's figures of the judge since the last call."""
+        """The weight of structure at a step, and the judge's figures of all ranks since the last call. Collective."""
         found = {"reward/structure_weight": self._structure(step)} if self._run.config.reward.kind == "datarus" else {}
-        return found | (self._judge.metrics() if self._judge is not None else {})
+        if self._judge is not None:
+            ranks = self._run.mesh.all_gather_object(self._judge.metrics())
+            found |= {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+        return found
 
 
 def _load_hrm(run: Run) -> HierarchicalReward | None:
