@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .settings import build, describe, kv_bytes, nearest, setting, settings_of, shares
+from .settings import build, describe, kv_bytes, nearest, read_toml, setting, settings_of, shares
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -374,6 +374,11 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    @property
+    def scores_steps(self) -> bool:
+        """Whether GRPO has the hierarchical reward model beside it."""
+        return self.reward.kind == "datarus" and bool(self.hrm.folder or self.hrm.steps)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested plain values, as TOML and JSON write them."""
         return dataclasses.asdict(self)
@@ -400,7 +405,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     if path is not None:
-        for name, section in _read(path).items():
+        for name, section in read_toml(path, CONFIGS).items():
             if name not in SECTIONS:
                 raise UserError(f"{path}: unknown section [{name}]{nearest(name, SECTIONS)}")
             if not isinstance(section, dict):
@@ -415,20 +420,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def describe_settings() -> str:
     """Every setting with its type, default and description: the text of ``--help``."""
     return "\n".join(line for name, cls in SECTIONS.items() for line in describe(name, cls))
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        packaged = CONFIGS / f"{file.name.removesuffix('.toml')}.toml"
-        if file.parent != Path(".") or not packaged.is_file():
-            known = sorted(p.stem for p in CONFIGS.glob("*.toml"))
-            raise UserError(f"no configuration file {str(path)!r}; give a file or one of {', '.join(known)}")
-        file = packaged
-    try:
-        return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file} cannot be read as TOML: {error}") from error
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:

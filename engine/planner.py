@@ -173,11 +173,9 @@ class _Rank:
         settings, self.model, self.config = config.optimizer, config.model, config
         self.layout = layout = _layout(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
         self.num_ranks, self.cuda = num_ranks, device_type == "cuda"
-        self.T = settings.tokens_per_microbatch
-        self.c = compute_bytes(config, device_type)
+        self.T, self.c = settings.tokens_per_microbatch, compute_bytes(config, device_type)
         self.r = self.c if settings.reduce_dtype == "compute" else 4
-        self.recompute = settings.activation_checkpointing == "block"
-        self.late = not settings.reduce_every_microbatch
+        self.recompute, self.late = settings.activation_checkpointing == "block", not settings.reduce_every_microbatch
         # As in engine/unit.py: the shard serves as the gathered buffer, and in a world of one its gradient as the flat
         # one; the head adds its gradient to the sum itself.
         self.is_master = layout.num_shards == 1 and self.c == 4 and settings.offload != "all"
@@ -191,8 +189,7 @@ class _Rank:
         # Copies of the model take turns by unit to save them (engine/manifest.py).
         turns = (layout.part[copy :: layout.num_copies] for copy in range(layout.num_copies))
         saved = max(map(sum, turns)) * sum(state.values()) // elements
-        scores = config.reward.kind == "datarus" and (config.hrm.folder or config.hrm.steps)
-        frozen = [("reference", config.grpo.beta), ("reward model", scores)]  # the latter's head is small
+        frozen = [("reference", config.grpo.beta), ("reward model", config.scores_steps)]  # the latter's head is small
         reference = {k: self.c * elements for k, used in frozen if used and "log-probabilities" in phases}
         self.held = {"none": state | reference, "reference": state, "all": {}}[settings.offload]  # from load to end
         snapshot = {"snapshot": saved} if "checkpoint" in phases else {}  # kept from one save to the next

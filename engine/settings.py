@@ -7,8 +7,10 @@ import dataclasses
 import difflib
 import json
 import math
+import tomllib
 import types
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
@@ -79,6 +81,25 @@ def nearest(key: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the known one that was meant, or all of them."""
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))[:300]}"
+
+
+def read_toml(path: str | Path, configs: Path) -> dict[str, Any]:
+    """The values of a TOML file, or of one in ``configs``, which is named without its ending.
+
+    Raises:
+        UserError: there is none, or it is malformed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        packaged = configs / f"{file.name.removesuffix('.toml')}.toml"
+        if file.parent != Path(".") or not packaged.is_file():
+            known = sorted(p.stem for p in configs.glob("*.toml"))
+            raise UserError(f"no configuration file {str(path)!r}; give a file or one of {', '.join(known)}")
+        file = packaged
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} cannot be read as TOML: {error}") from error
 
 
 def shares(key: str, text: str, names: Sequence[str]) -> dict[str, float]:

@@ -7,11 +7,10 @@ from ..engine.errors import UserError
 from ..engine.together import together
 from ..engine.tokenizer import Tokenizer
 from ..rewards.curriculum import score, structure_schedule
-from ..rewards.hierarchical import HierarchicalReward
 from ..rewards.judge import open_judge
 from ..rollout.task import Task
 from ..rollout.trajectory import Group
-from .policy import compute_dtype
+from .policy import load_hierarchical_reward
 from .run import Run
 
 
@@ -37,7 +36,9 @@ class Rewarding:
         self._judge = open_judge(settings.judge, run.folder / "judge.jsonl") if settings.judge else None
         if self._judge is not None:
             together(run.mesh, self._judge.check if run.is_main else lambda: None)
-        self._hrm = _load_hrm(run) if settings.kind == "datarus" else None
+        self._hrm = None
+        if run.config.scores_steps:
+            self._hrm = load_hierarchical_reward(run, Path(run.config.hrm.folder or run.folder / "hrm" / "model"))
 
     def score(self, groups: Sequence[Group], step: int) -> None:
         """Fills the rewards of this rank's groups. Every rank calls it together."""
@@ -59,16 +60,3 @@ class Rewarding:
             ranks = self._run.mesh.all_gather_object(self._judge.metrics())
             found |= {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
         return found
-
-
-def _load_hrm(run: Run) -> HierarchicalReward | None:
-    settings, optimizer = run.config.hrm, run.config.optimizer
-    if not settings.folder and not settings.steps:
-        return None
-    return HierarchicalReward(
-        Path(settings.folder or run.folder / "hrm" / "model"),
-        run.mesh,
-        tokens_per_microbatch=optimizer.tokens_per_microbatch,
-        dtype=compute_dtype(run),
-        offload=optimizer.offload != "none",
-    )

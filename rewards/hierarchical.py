@@ -20,7 +20,6 @@ from ..engine.mesh import Mesh
 from ..engine.scorer import Scorer, StepSequence, score_steps
 from ..engine.shard import ShardedModel
 from ..rollout.trajectory import Span, Trajectory, turn_starts
-from .answer import answer_correct
 
 MOST_AFTER_ERROR, LEAST_CORRECTED = -0.1, 0.1
 NO_STEPS = -1.0  # nothing was done: the least of all rewards
@@ -143,14 +142,6 @@ def step_sequence(spans: Sequence[Span], labels: Sequence[float] = (), *, group:
         pair_labels=[None, *labels[1:]] if labels else [],
         group=group,
     )
-
-
-def labelled_sequence(trajectory: Trajectory, kind: Labels) -> StepSequence:
-    """A rollout with labels from its executions and its answer."""
-    outcomes: list[bool | None] = [execution.ok for execution in trajectory.executions]
-    outcomes += [None] * (trajectory.turns - len(outcomes))
-    right = answer_correct(trajectory.answer, trajectory.task)
-    return step_sequence(trajectory.spans, step_labels(outcomes, right=right, kind=kind))
 
 
 def step_labels(

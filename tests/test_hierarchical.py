@@ -15,11 +15,11 @@ from toys import CONFIG, alone
 from groupwise.engine.config import ModelConfig
 from groupwise.engine.hf import save_hf
 from groupwise.engine.scorer import Scorer
+from groupwise.rewards.answer import answer_correct
 from groupwise.rewards.calibration import auc, calibration
 from groupwise.rewards.hierarchical import (
     HierarchicalReward,
     hierarchical_reward,
-    labelled_sequence,
     model_score,
     step_labels,
     step_sequence,
@@ -107,7 +107,12 @@ def test_a_step_is_a_turn_with_its_observation() -> None:
 
 
 def test_labels_of_rollouts() -> None:
-    found = [labelled_sequence(trajectory, "graded") for trajectory in trajectories()]
+    found = []
+    for trajectory in trajectories():
+        outcomes: list[bool | None] = [execution.ok for execution in trajectory.executions]
+        outcomes += [None] * (trajectory.turns - len(outcomes))
+        right = answer_correct(trajectory.answer, trajectory.task)
+        found.append(step_sequence(trajectory.spans, step_labels(outcomes, right=right, kind="graded")))
     labels = [[1, 1], [0, 1, 1], [0.5, 0, 0], [0], [0.5, 0], [1, 1], []]
     assert [sequence.step_labels for sequence in found] == labels
     assert [sequence.pair_labels for sequence in found] == [[None, *row[1:]] if row else [] for row in labels]
