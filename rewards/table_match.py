@@ -126,6 +126,8 @@ def _cell(text: str) -> Cell:
     value = float(text) if DECIMAL.fullmatch(text) else parse_number(text)
     if value is not None and math.isfinite(value):
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if text.casefold() in ("inf", "-inf"):
+        return text.casefold()  # its sign is no hyphen
     day = parse_date(text)
     return day.isoformat() if day is not None else normalise(text) or text
 

@@ -76,8 +76,8 @@ def test_order_decides_only_where_it_is_asked_for() -> None:
         ("3.14", "3.14159", True),
         ("3.14159", "3.14", True),
         ("3.15", "3.14159", False),
-        ("0.13", "0.125", True),  # both ways to round a half
-        ("0.12", "0.125", True),
+        ("1.13", "1.125", True),  # both ways to round a half
+        ("1.12", "1.125", True),
         ("0.54", "0.5", False),  # 8 % are more than rounding
         ("0.01", "0.009", False),
         ("3", "3.14", False),
