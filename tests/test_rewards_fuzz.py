@@ -67,6 +67,7 @@ HUGE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ANSWER_TYPES)
 def test_a_hundred_kilobytes_take_linear_time(kind: str) -> None:
     golds = {"number": "3.5", "choice": "B. Paris", "named": "@a[1], @b[x]", "table": "a,b\n1,2\n"}
