@@ -41,7 +41,7 @@ def same_table(prediction: str, gold: str, *, ordered: bool) -> bool:
         gold: CSV with a header.
         ordered: whether the rows must come in the gold's order.
     """
-    read = _read_gold(gold)
+    read = _read_csv(gold)
     if read is None:
         return False
     header, *right = read
@@ -54,7 +54,7 @@ def same_table(prediction: str, gold: str, *, ordered: bool) -> bool:
 
 def same_result(result: str, gold: str, *, ordered: bool) -> bool:
     """Whether the CSV that a query wrote, header first, holds the gold's rows; compared as in ``same_table``."""
-    said, right = _read(result, ","), _read_gold(gold)
+    said, right = _read_csv(result), _read_csv(gold)
     if said is None or right is None or len(said[0]) != len(right[0]):
         return False
     return same_rows(said[1:], right[1:], ordered=ordered)
@@ -62,7 +62,7 @@ def same_result(result: str, gold: str, *, ordered: bool) -> bool:
 
 def is_table(text: str, gold: str) -> bool:
     """Whether a text is itself a table of the gold's width, right or wrong: two lines or more."""
-    right = _read_gold(gold)
+    right = _read_csv(gold)
     return right is not None and any(len(rows) > 1 for rows in _readings(text, len(right[0])))
 
 
@@ -180,7 +180,7 @@ def _readings(text: str, width: int) -> Iterator[Rows]:
             yield rows
 
 
-def _read_gold(gold: str) -> Rows | None:
+def _read_csv(gold: str) -> Rows | None:
     rows = _read(gold, ",")
     return rows if rows and len({len(row) for row in rows}) == 1 else None
 
