@@ -12,6 +12,8 @@ from ..engine.errors import UserError
 from .sandbox.job import Language
 
 MODES = ("datamind", "agentic", "reflection")
+# How an answer is compared, see `rewards.answer`; "free" is free text, for a judge.
+ANSWER_TYPES = ("number", "choice", "text", "named", "table", "ordered_table", "free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,8 @@ class Task:
         question: what is asked, in words.
         files: absolute paths; the code sees each under its basename in its working folder.
         description: the tables' metadata as text, shown in front of the question.
-        answer: the right answer, as text.
-        answer_type: how an answer is compared: "number", "choice", "text", ...
+        answer: the right answer, as text; a table as CSV with a header.
+        answer_type: how an answer is compared, one of `ANSWER_TYPES`.
         task_type: one of the eighteen types of `data.taxonomy`.
         mode: the grammar that the prompt asks for, one of `MODES`.
         table: the name of the table, by which training and evaluation are kept apart.
@@ -43,7 +45,7 @@ class Task:
     language: Language = "python"
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("language", get_args(Language))):
+        for name, known in (("answer_type", ANSWER_TYPES), ("mode", MODES), ("language", get_args(Language))):
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"task {self.id!r} has {name} {value!r}; expected one of {', '.join(known)}")
 
