@@ -33,7 +33,7 @@ from nbclient import NotebookClient
 from groupwise.bench import common
 from groupwise.data.tables import describe
 from groupwise.engine.tokenizer import Tokenizer
-from groupwise.rewards.answer import answer_correct
+from groupwise.rewards.answer import trajectory_correct
 from groupwise.rollout.agent import AgentLimits, run_agent
 from groupwise.rollout.generation import Completion
 from groupwise.rollout.grammar import GRAMMARS, Grammar, all_tags
@@ -181,7 +181,7 @@ def run(tasks: Mapping[int, Task], programs: Mapping[int, Program]) -> tuple[dic
 
 def reaches(trajectory: Trajectory) -> bool:
     """Whether the answer is the gold one."""
-    return answer_correct(trajectory.answer, trajectory.task)
+    return trajectory_correct(trajectory)
 
 
 def exact(trajectory: Trajectory) -> bool:

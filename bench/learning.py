@@ -45,7 +45,8 @@ from groupwise.recipes.sft import sft
 from groupwise.recipes.synthesize import synthesize
 from groupwise.rewards.answer import trajectory_correct
 from groupwise.rewards.tags import tag_reward
-from groupwise.rollout.task import read_tasks
+from groupwise.rollout.task import Task, read_tasks
+from groupwise.rollout.trajectory import Trajectory
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -139,11 +140,9 @@ def work(runs: Path, config: str, name: str, seed: int, overrides: Sequence[str]
 def assess(run: Run, model: Path) -> dict[str, float]:
     """What a model does with the evaluation tasks, and after an error that was made for it."""
     policy = load_policy(run, model)
-    settings = {"temperature": run.config.rollout.temperature, "top_p": run.config.rollout.top_p}
     with Rollouts(run, policy) as rollouts:
         tasks = list(read_tasks(run.folder / "data" / "eval.jsonl"))
-        groups = rollouts.sample(tasks, 1, seed=run.config.run.seed, record="learning/eval", **settings)
-        found = [group.trajectories[0] for group in groups]
+        found = _sample(run, rollouts, tasks, "eval")
         tags = [tag_reward(trajectory, policy.tokenizer) for trajectory in found]
         result = {
             "pass_at_1": fmean(map(trajectory_correct, found)),
@@ -152,7 +151,7 @@ def assess(run: Run, model: Path) -> dict[str, float]:
         }
         judged = run.folder / "hrm" / "judged.jsonl"
         if judged.exists():
-            result |= _recovery(run, rollouts, judged, settings)
+            result |= _recovery(run, rollouts, judged)
     report = run.folder / "hrm" / "report.json"
     if report.exists():
         scores = json.loads(report.read_text())
@@ -161,17 +160,27 @@ def assess(run: Run, model: Path) -> dict[str, float]:
     return result
 
 
-def _recovery(run: Run, rollouts: Rollouts, judged: Path, settings: dict[str, float]) -> dict[str, float]:
-    experts = [expert for expert in read_experts(judged) if expert.stratum in ("corrected", "failure")]
+def _sample(
+    run: Run, rollouts: Rollouts, tasks: Sequence[Task], name: str, openings: Sequence[Sequence[str]] | None = None
+) -> list[Trajectory]:
+    """A trajectory for each task, drawn as in training."""
+    settings = run.config.rollout
     groups = rollouts.sample(
-        [expert.task for expert in experts],
+        tasks,
         1,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
         seed=run.config.run.seed,
-        record="learning/recovery",
-        openings=[[expert.spans[0][1]] for expert in experts],
-        **settings,
+        record=f"learning/{name}",
+        openings=openings,
     )
-    found = [group.trajectories[0] for group in groups]
+    return [group.trajectories[0] for group in groups]
+
+
+def _recovery(run: Run, rollouts: Rollouts, judged: Path) -> dict[str, float]:
+    experts = [expert for expert in read_experts(judged) if expert.stratum in ("corrected", "failure")]
+    openings = [[expert.spans[0][1]] for expert in experts]
+    found = _sample(run, rollouts, [expert.task for expert in experts], "recovery", openings)
     if any(trajectory.executions[0].ok for trajectory in found):
         raise RuntimeError("a mistake that was made for the model did not fail")
     return {"recovery": fmean(map(trajectory_correct, found)), "num_recovery": len(found)}

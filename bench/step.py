@@ -210,9 +210,10 @@ def time_phases(trainer: GRPOTrainer, timer: Timer) -> None:
 
         return run
 
-    trainer._generate = timed(trainer._generate, "generate", lambda *_: True)
-    trainer._calculate_rewards = timed(trainer._calculate_rewards, "reward", lambda *_: True)
-    trainer._get_per_token_logps_and_entropies = timed(
+    methods: Any = trainer  # each is replaced on this one object
+    methods._generate = timed(trainer._generate, "generate", lambda *_: True)
+    methods._calculate_rewards = timed(trainer._calculate_rewards, "reward", lambda *_: True)
+    methods._get_per_token_logps_and_entropies = timed(
         trainer._get_per_token_logps_and_entropies, "reference", lambda model, *_: model is trainer.ref_model
     )
 
@@ -240,8 +241,9 @@ class Turns(transformers.TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._begin = self._now()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """The end of a step of TRL's, whose record this is."""
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The end of a step of TRL's, whose record is in ``kwargs``."""
+        logs: dict[str, float] = kwargs["logs"]
         if "grad_norm" not in logs:  # the record of the whole run
             return
         self._keep("trl", self.timer)

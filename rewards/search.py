@@ -16,7 +16,7 @@ from ..engine.scorer import StepSequence
 from ..engine.tokenizer import Tokenizer
 from ..rollout.task import Task
 from ..rollout.trajectory import Group, Trajectory, turn_starts
-from .answer import answer_correct
+from .answer import trajectory_correct
 from .hierarchical import Labels
 
 BRANCHING = 4  # continuations of a node
@@ -93,7 +93,7 @@ def insert(root: Node, trajectory: Trajectory, tokenizer: Tokenizer) -> None:
             node.children.append(child)
         node = child
     node.ended += 1
-    node.right += answer_correct(trajectory.answer, trajectory.task)
+    node.right += trajectory_correct(trajectory)
 
 
 def grow(tasks: Sequence[Task], continue_from: Continue, tokenizer: Tokenizer) -> list[Node]:
