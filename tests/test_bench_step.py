@@ -33,7 +33,7 @@ def test_a_step_moves_the_policy_and_not_the_reference(folder: Path) -> None:
     assert math.isfinite(update.loss)
     assert update.grad_norm > 0
     assert set(timer.seconds) == set(PHASES)
-    assert update.stats["tokens"] == update.stats["ref_tokens"] == 2 * 4 * 6
+    assert update.stats["policy_tokens"] == update.stats["ref_tokens"] == 2 * 4 * 6
     assert all(not torch.equal(s.data, old) for s, old in zip(ours.policy.shards, policy, strict=True))
     assert all(torch.equal(s.data, old) for s, old in zip(ours.reference.sharded.shards, reference, strict=True))
 
