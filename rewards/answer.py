@@ -37,7 +37,9 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
     if gold := named_values(task.answer):
         given = named_values(prediction)
         return all(
-            name in given and given[name] is not None and same_value(str(given[name]), str(value), tolerance=RELATIVE)
+            (said := given.get(name)) is not None
+            and normalise(said) != "nan"
+            and same_value(said, str(value), tolerance=RELATIVE)
             for name, value in gold.items()
         )
     if task.answer_type == "number" and len(parse_numbers(task.answer)) == 1:
@@ -50,8 +52,8 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
 def trajectory_correct(trajectory: Trajectory) -> bool:
     """Whether the answer with which a trajectory ended is right, see ``answer_correct``.
 
-    Where a table was asked for, the answer may instead name the CSV file to which one of its queries wrote the result;
-    in SQL the last result counts also where the answer names none. An answer that is a table itself stands alone.
+    Where a table was asked for, the answer may instead name the CSV file to which one of its queries wrote the result.
+    An answer that is a table itself stands alone.
     """
     answer, task = trajectory.answer, trajectory.task
     if answer_correct(answer, task):
@@ -66,7 +68,7 @@ def _named_result(trajectory: Trajectory) -> str | None:
     if task.answer_type not in TABLES or not answer or not answer.strip() or is_table(answer, task.answer):
         return None
     files = set(FILE.findall(answer))
-    if len(files) > 1 or (not files and task.language != "sql"):
+    if len(files) != 1:
         return None
     for execution in reversed(trajectory.executions):
         # The last line of a query's output says how many rows went to which file.

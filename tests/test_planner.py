@@ -337,7 +337,7 @@ def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2():
     fits = run_plan("datarus", "--gpus", "8x141GB")
     assert fits.returncode == 0, fits.stderr
     assert "KV blocks" in fits.stdout
-    assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 98.7 GB")
+    assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 102.4 GB")
     refused = run_plan("datarus", "rollout.kv_memory=20", "--gpus=2x80GB")
     assert refused.returncode == 2
     assert "log-probabilities" in refused.stdout

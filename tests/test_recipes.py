@@ -167,9 +167,7 @@ def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(fini
     same = ["train", f"tables={tables}", *JOB]
     again = run(*same, "run.timeout_s=500", "optimizer.offload=reference", cwd=folder.parent.parent)
     assert again.stdout.splitlines()[-1] == printed.splitlines()[-1]
-    other = run(
-        "train", f"tables={tables}", "grpo.beta=0.02", "grpo.mu_peak=0.5", cwd=folder.parent.parent, check=False
-    )
+    other = run(*same, "grpo.beta=0.02", cwd=folder.parent.parent, check=False)
     assert other.returncode == 2
     assert "grpo.beta 0.01 -> 0.02" in other.stderr
 

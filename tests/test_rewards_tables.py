@@ -188,7 +188,7 @@ WRONG = GOLD.replace("10", "11")
         ("result_2.csv", [WRONG, GOLD, None], "sql", True),
         ("result_1.csv or result_2.csv", [GOLD, GOLD], "sql", False),
         ("result_9.csv", [GOLD], "sql", False),
-        ("The query lists them.", [WRONG, GOLD, None], "sql", True),
+        ("The query lists them.", [WRONG, GOLD, None], "sql", False),  # an answer must say which
         ("The query lists them.", [GOLD, WRONG], "sql", False),
         ("The query lists them.", [GOLD], "python", False),
         ("The query lists them.", [None], "sql", False),
