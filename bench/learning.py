@@ -1,6 +1,6 @@
 """What the two recipes' own ideas bring: runs of GRPO that differ in one of them, over several seeds, on a CPU.
 
-    python -m groupwise.bench.learning [--seeds 0 1 2] [--jobs 2] [--runs FOLDER] [--out FILE] [--plot FILE.png]
+    python -m groupwise.bench.learning [--configs CONFIG ...] [--seeds 0 1 2] [--jobs 2] [--runs FOLDER] [--out FILE] [--plot FILE.png]
 
 ``curriculum``: structure first and meaning last by a cosine, as Datarus-R1 does, beside meaning alone from the first
 step on (``reward.lambda_max`` and ``lambda_min`` 0). ``hrm``: that curriculum with the hierarchical reward model beside
@@ -71,6 +71,7 @@ CURVES = {"datarus_small": ("rewards/tag", "rewards/answer"), "datamind_small": 
 
 def main() -> None:
     own = common.parser(__doc__)
+    own.add_argument("--configs", nargs="+", default=list(RUNS), choices=list(RUNS), help="default: both")
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     own.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, of one thread each")
     own.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the runs")
@@ -82,13 +83,12 @@ def main() -> None:
         config, name, seed = args.only
         work(args.runs, config, name, int(seed), args.set)
         return
-    todo = [(config, BASE, seed) for seed in args.seeds for config in RUNS]
-    run_all(args, todo)
-    run_all(args, [(config, name, seed) for seed in args.seeds for config in RUNS for name in RUNS[config]])
-    rows = [row(args.runs, config, name, args.seeds) for config in RUNS for name in (BASE, *RUNS[config])]
+    run_all(args, [(config, BASE, seed) for seed in args.seeds for config in args.configs])
+    run_all(args, [(config, name, seed) for seed in args.seeds for config in args.configs for name in RUNS[config]])
+    rows = [row(args.runs, config, name, args.seeds) for config in args.configs for name in (BASE, *RUNS[config])]
     common.report("learning", rows, args)
     if args.plot:
-        plot(args.runs, args.seeds, args.plot)
+        plot(args.runs, args.configs, args.seeds, args.plot)
 
 
 def run_all(args: argparse.Namespace, todo: list[tuple[str, str, int]]) -> None:
@@ -197,11 +197,11 @@ def row(runs: Path, config: str, name: str, seeds: Sequence[int]) -> dict[str, A
     return values
 
 
-def plot(runs: Path, seeds: Sequence[int], file: Path) -> None:
+def plot(runs: Path, configs: Sequence[str], seeds: Sequence[int], file: Path) -> None:
     """Each run step by step: mean over the seeds, with a band of one standard error."""
-    panels = [(config, key) for config, keys in CURVES.items() for key in keys]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axis, (config, key) in zip(axes, panels, strict=True):
+    panels = [(config, key) for config in configs for key in CURVES[config]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (config, key) in zip(axes[0], panels, strict=True):
         for name in RUNS[config]:
             curves = [
                 [record[key] for record in read_records(folder_of(runs, config, name, seed) / "grpo.jsonl")]

@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from ..data.trajectories import Expert
 from ..engine.batch import Batch, Example, pack
-from ..engine.config import RewardConfig
+from ..engine.config import GRPOConfig, RewardConfig
 from ..engine.doctor import Doctor
 from ..engine.errors import UserError
 from ..engine.metrics import Timer, read_records, say
-from ..engine.objective import count, group_advantages, informative, policy_loss, weigh
+from ..engine.objective import Stats, count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import level, merged
@@ -54,18 +56,7 @@ def grpo(run: Run) -> Path:
         mu_decay_steps=settings.mu_decay_steps,
         total_steps=settings.steps,
     )
-    loss_fn = partial(
-        policy_loss,
-        loss_type=settings.loss_type,
-        temperature=temperature,
-        clip_low=settings.epsilon,
-        clip_high=settings.epsilon_high,
-        dual_clip=settings.dual_clip or None,
-        beta=settings.beta,
-        delta_max=settings.delta_max,
-        importance_correction=settings.importance_correction,
-        entropy_coef=settings.entropy_coef,
-    )
+    loss_fn = objective(settings, temperature)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)
     records = read_records(training.metrics.path) if run.is_main else ()
@@ -102,6 +93,22 @@ def grpo(run: Run) -> Path:
             training.metrics.log(step, record | doctor.examine(step, record))
     save_policy(run, policy, folder / "model")
     return folder / "model"
+
+
+def objective(settings: GRPOConfig, temperature: float) -> Callable[..., tuple[Tensor, Stats]]:
+    """``policy_loss`` as configured; ``gamma`` is left to be given."""
+    return partial(
+        policy_loss,
+        loss_type=settings.loss_type,
+        temperature=temperature,
+        clip_low=settings.epsilon,
+        clip_high=settings.epsilon_high,
+        dual_clip=settings.dual_clip or None,
+        beta=settings.beta,
+        delta_max=settings.delta_max,
+        importance_correction=settings.importance_correction,
+        entropy_coef=settings.entropy_coef,
+    )
 
 
 def sample_round(
@@ -197,7 +204,8 @@ def to_minibatches(run: Run, groups: Sequence[Group], imitated: Sequence[Example
     for part in range(parts):
         examples = list(imitated[part::parts])
         for number, group in enumerate(contrasted[part::parts]):
-            examples += [trajectory.to_example(mask=mask, group=number) for trajectory in group.trajectories]
+            members = [trajectory for trajectory in group.trajectories if trajectory.scored]
+            examples += [trajectory.to_example(mask=mask, group=number) for trajectory in members]
         minibatches.append(_to_batches(run, examples))
     return minibatches
 
