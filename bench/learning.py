@@ -1,6 +1,7 @@
 """What the two recipes' own ideas bring: runs of GRPO that differ in one of them, over several seeds, on a CPU.
 
-    python -m groupwise.bench.learning [--configs CONFIG ...] [--seeds 0 1 2] [--jobs 2] [--runs FOLDER] [--out FILE] [--plot FILE.png]
+    python -m groupwise.bench.learning [--configs datamind_small] [--seeds 0 1 2] [--jobs 2] [--runs FOLDER]
+        [--out FILE] [--plot FILE.png]
 
 ``curriculum``: structure first and meaning last by a cosine, as Datarus-R1 does, beside meaning alone from the first
 step on (``reward.lambda_max`` and ``lambda_min`` 0). ``hrm``: that curriculum with the hierarchical reward model beside
