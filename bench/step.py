@@ -67,7 +67,7 @@ MEMORY_STEPS = 3
 TOLERANCES = {"cpu": 1e-3, "cuda": 2e-2}
 
 Ids = list[list[int]]
-Reward = Callable[..., list[float]]
+Reward = Any
 
 
 def even_ids(completion_ids: Ids, **_: Any) -> list[float]:
