@@ -342,6 +342,8 @@ class GRPOConfig:
                 f"grpo.dual_clip is {self.dual_clip:g}, expected 0 or more than 1 + grpo.epsilon_high, "
                 f"{1 + self.epsilon_high:g}; raise it"
             )
+        if self.dual_clip and self.loss_type == "cispo":
+            raise UserError(f"grpo.dual_clip is {self.dual_clip:g}, but cispo bounds every ratio; leave it at 0")
         if self.num_minibatches > self.prompts_per_step:
             raise UserError(
                 f"grpo.num_minibatches is {self.num_minibatches}, expected at most grpo.prompts_per_step, "

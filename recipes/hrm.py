@@ -56,7 +56,7 @@ def hrm(run: Run) -> Path:
     if not (folder / "report.json").exists():
         trained = (folder / "model").exists()
         scorer = load_scorer(run, folder / "model") if trained else _trained(run, folder / "model")
-        report = judge(run, scorer, _judged(run))
+        report = assess(run, scorer, _judged(run))
         if run.is_main:
             write_atomically(folder / "report.json", json.dumps(report, indent=1))
         run.mesh.barrier()
@@ -167,7 +167,7 @@ def _modes_with_code(run: Run) -> dict[str, float]:
     return {mode: share for mode, share in run.config.data.mode_shares().items() if share and GRAMMARS[mode].code}
 
 
-def judge(run: Run, scorer: Policy, experts: Sequence[Expert]) -> dict[str, Any]:
+def assess(run: Run, scorer: Policy, experts: Sequence[Expert]) -> dict[str, Any]:
     """How well the model knows sound steps and sound trajectories, the same on every rank.
 
     Returns:

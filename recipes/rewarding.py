@@ -23,18 +23,25 @@ class Rewarding:
         tasks: all that may be asked.
 
     Raises:
-        UserError: there are answers in free text and no judge, the judge does not answer, or the reward model is not
-            there.
+        UserError: there are answers in free text and no judge, the judge does not answer, the reward model is not
+            there, or the overlong cost would begin before the first token.
     """
 
     def __init__(self, run: Run, tokenizer: Tokenizer, tasks: Sequence[Task]) -> None:
         self._run, self._tokenizer, settings = run, tokenizer, run.config.reward
         self._structure = structure_schedule(settings, run.config.grpo.steps)
+        limit = run.config.rollout.max_trajectory_tokens
+        if settings.overlong_buffer >= limit:
+            raise UserError(
+                f"reward.overlong_buffer is {settings.overlong_buffer}, expected less than "
+                f"rollout.max_trajectory_tokens {limit}; lower it"
+            )
         free = next((task for task in tasks if task.answer_type == "free"), None)
         if free is not None and not settings.judge:
             raise UserError(f"the answer of task {free.id!r} is free text, but reward.judge is empty; name a judge")
-        self._judge = open_judge(settings.judge, run.folder / "judge.jsonl") if settings.judge else None
-        if self._judge is not None:
+        self._judge = None
+        if settings.judge:
+            self._judge = open_judge(settings.judge, run.folder / "judge.jsonl", device=run.mesh.device)
             together(run.mesh, self._judge.check if run.is_main else lambda: None)
         self._hrm = None
         if run.config.scores_steps:

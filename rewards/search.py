@@ -37,7 +37,7 @@ class Node:
         observation: token ids of the observation, by which equal turns with other results are told apart.
         failed: its code ended with an error.
         children: the steps that were seen to follow it.
-        right, ended: how many trajectories end with this step, and how many of them with the right answer.
+        right, ended: how many trajectories end with this step and the right answer, and with this step at all.
     """
 
     token_ids: list[int]

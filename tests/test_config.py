@@ -57,6 +57,7 @@ def test_every_shipped_file_loads_by_its_name(file: Path) -> None:
         ("data.modes=50/50", "data.modes is '50/50', expected 3 percentages of datamind/agentic/reflection"),
         ("grpo.num_minibatches=17", "expected at most grpo.prompts_per_step, 16"),
         ("grpo.dual_clip=1.28", "grpo.dual_clip is 1.28, expected 0 or more than 1 + grpo.epsilon_high, 1.28"),
+        ("grpo.loss_type=nope", "expected one of 'dapo', 'grpo', 'dr_grpo', 'gspo', 'cispo'"),
         ("grpo.importance_correction=clip", "expected one of 'none', 'truncated', 'mask'"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a step of GRPO asks, keeps and learns from, by ranks that are threads of one process."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ import pytest
 
 from groupwise.data.trajectories import Expert
 from groupwise.engine.config import load_config
+from groupwise.engine.errors import UserError
 from groupwise.engine.mesh import Mesh
 from groupwise.engine.metrics import Timer
 from groupwise.engine.objective import group_advantages
 from groupwise.engine.step import Update
 from groupwise.recipes.grpo import ask, has_contrast, set_advantages, to_minibatches
 from groupwise.recipes.measure import measure
+from groupwise.recipes.rewarding import Rewarding
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Group, Span, Status, Trajectory
 
@@ -24,6 +27,7 @@ def expert(number: int) -> Expert:
     return Expert(task, (("model", "x" * (number % 7)),), "success", "datamind", "sum")
 
 
+TOKENIZER: Any = None  # nothing is read before the mistake is found
 POOL = [expert(number) for number in range(60)]
 
 
@@ -180,3 +184,13 @@ def test_the_record_counts_what_the_judge_left_out() -> None:
     record = measure(run, [nobody], Update(0.0, 0.0, 1e-3), Timer())
     assert record["rewards/unjudged"] == 1
     assert "reward" not in record
+
+
+def test_what_cannot_be_rewarded_is_named_before_training() -> None:
+    free = dataclasses.replace(POOL[0].task, answer_type="free")
+    with pytest.raises(UserError, match=r"'task-0' is free text, but reward.judge is empty"):
+        Rewarding(step_of(), TOKENIZER, [free])
+    with pytest.raises(UserError, match=r"reward.overlong_buffer is 8192, expected less than .* 8192"):
+        Rewarding(step_of("reward.overlong_buffer=8192"), TOKENIZER, [])
+    with pytest.raises(UserError, match=r"grpo.dual_clip is 3, but cispo"):
+        load_config(None, ["grpo.dual_clip=3", "grpo.loss_type=cispo"])
