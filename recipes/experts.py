@@ -16,7 +16,7 @@ from .run import Run
 
 
 class Experts:
-    """Reads ``RUN/data/experts.jsonl``.
+    """Reads the shards in ``RUN/data``.
 
     Raises:
         UserError: the data was not made yet, or a trajectory is in another grammar than its task asks for.
@@ -24,7 +24,7 @@ class Experts:
 
     def __init__(self, run: Run) -> None:
         folder = run.folder / "data"
-        self.all: list[Expert] = list(read_experts(folder / "experts.jsonl"))
+        self.all: list[Expert] = list(read_experts(folder))
         for expert in self.all:
             if expert.grammar != expert.task.mode:
                 raise UserError(

@@ -1,15 +1,20 @@
-"""Six small random tables and an in-process stand-in for the sandbox, for the tests of `data`."""
+"""Small random tables, an in-process stand-in for the sandbox, what a teacher makes with them: for tests of `data`."""
 
 import contextlib
 import io
 import os
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from groupwise.data.production import assign_strata, made, scripted_works
 from groupwise.data.tables import Table
+from groupwise.data.teachers import STRATA
+
+FOLDER = threading.RLock()  # the working folder and the standard output are one for all threads
 
 
 def small_tables(count: int = 6) -> list[Table]:
@@ -53,6 +58,10 @@ class InProcess:
         return future
 
     def run(self, code, files=(), history=()):
+        with FOLDER:
+            return self._run(code, files, history)
+
+    def _run(self, code, files, history):
         self.programs.append(code)
         space: dict[str, object] = {}
         output = io.StringIO()
@@ -89,3 +98,10 @@ class InProcessSession:
 
     def close(self):
         self.closed = True
+
+
+def taught(problems, runner, seed, strata=STRATA, threads=2):
+    """What the scripted teacher makes of problems, and the reasons of those that it made nothing of."""
+    works = scripted_works(problems, assign_strata(problems, strata, seed), runner, seed)
+    found = list(made(works, threads))
+    return [expert for each in found for expert in each.experts], [each.reason for each in found if each.reason]
