@@ -29,7 +29,7 @@ from .tasks import Problem, shares_to_counts
 from .teachers import STRATA, Abandoned, scripted
 from .trajectories import SHARDS, Expert, Runner, follow, read_experts, to_line
 
-SHARD = 500
+SHARD = 250
 AHEAD = 2  # works that are begun for each thread before the first of them is needed
 MANIFEST = "manifest.json"
 
