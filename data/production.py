@@ -23,11 +23,13 @@ from random import Random
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..rewards.answer import answer_correct
+from ..rollout.agent import Executes
+from .attempts import play
 from .filters import Filters
 from .report import Report
 from .tasks import Problem, shares_to_counts
 from .teachers import STRATA, Abandoned, scripted
-from .trajectories import SHARDS, Expert, Runner, follow, read_experts, to_line
+from .trajectories import SHARDS, Expert, read_experts, to_line
 
 SHARD = 250
 AHEAD = 2  # works that are begun for each thread before the first of them is needed
@@ -198,20 +200,20 @@ class Production:
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def scripted_works(problems: Sequence[Problem], strata: Sequence[str], runner: Runner, seed: int) -> list[Work]:
+def scripted_works(problems: Sequence[Problem], strata: Sequence[str], sandbox: Executes, seed: int) -> list[Work]:
     """What the scripted teacher does with problems, each in the stratum that stands at its place."""
     return [
-        Work(stratum, partial(_scripted, problem, stratum, runner, seed))
+        Work(stratum, partial(_scripted, problem, stratum, sandbox, seed))
         for problem, stratum in zip(problems, strata, strict=True)
     ]
 
 
-def _scripted(problem: Problem, stratum: str, runner: Runner, seed: int) -> list[Expert]:
+def _scripted(problem: Problem, stratum: str, sandbox: Executes, seed: int) -> list[Expert]:
     task, question = problem.task, problem.question
-    solution = follow(task, scripted(problem, stratum, Random(f"{seed}:{task.id}:teacher")), runner)
-    if answer_correct(solution.answer, task) != (stratum != "failure"):
+    attempt = play(scripted(problem, stratum, Random(f"{seed}:{task.id}:teacher")), task, sandbox)
+    if answer_correct(attempt.answer, task) != (stratum != "failure"):
         raise Abandoned("failure with a right answer" if stratum == "failure" else "answer is not the known one")
-    return [Expert.of(task, solution, stratum, question.operation, question.wording)]
+    return [Expert.of(task, attempt, stratum, question.operation, question.wording)]
 
 
 def assign_strata(problems: Sequence[Problem], shares: Mapping[str, float], seed: int) -> list[str]:

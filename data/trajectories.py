@@ -1,4 +1,4 @@
-"""Expert trajectories: tasks worked through by a teacher, each piece of code executed for real.
+"""Expert trajectories, and their lists on disk.
 
 On disk a trajectory is a JSON line: `task` (its files relative to the list's folder, where they lie below it), `spans`
 as [writer, text] pairs with writer "model" or "environment" (the prompt follows from the task), `stratum`, `grammar`,
@@ -10,49 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..rollout.grammar import GRAMMARS
-from ..rollout.task import Language, Task
-from .teachers import Outcome, Script, Turn
+from ..rollout.task import Task
+from .attempts import Attempt
 
 SHARDS = "experts-*.jsonl"
-MAX_OBSERVATION_CHARS = 10_000  # of one execution: Datarus-R1, arXiv 2508.13382
-
-
-class Session(Protocol):
-    """What executes the code of one trajectory, chunk after chunk; of those that fail nothing stays."""
-
-    def submit(self, code: str) -> Future[Any]:
-        """Start one execution; the result has `.ok` and `.output`."""
-        ...
-
-    def close(self) -> None:
-        """Let go of what it keeps."""
-        ...
-
-
-class Runner(Protocol):
-    """What opens sessions, from any thread: `rollout.sandbox.Sandbox` is one."""
-
-    def open(self, files: tuple[str, ...], language: Language) -> Session:
-        """A session over some files."""
-        ...
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What a teacher wrote and read, and the answer at its end; see `Expert` for the fields."""
-
-    spans: tuple[tuple[str, str], ...]
-    mistakes: tuple[int, ...]
-    failed: tuple[int, ...]
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -76,9 +44,20 @@ class Expert:
     failed: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, task: Task, solution: Solution, stratum: str, operation: str = "", wording: int = 0) -> Expert:
-        """A solution of a task."""
-        return cls(task, solution.spans, stratum, task.mode, operation, wording, solution.mistakes, solution.failed)
+    def of(cls, task: Task, attempt: Attempt, stratum: str, operation: str = "", wording: int = 0) -> Expert:
+        """An attempt as a trajectory in its task's grammar."""
+        grammar = GRAMMARS[task.mode]
+        spans: list[tuple[str, str]] = []
+        mistakes, failed = [], []
+        for turn, execution in zip(attempt.turns, (*attempt.executions, None), strict=True):
+            if turn.mistake:
+                mistakes.append(len(spans))
+            if execution is not None and not execution.ok:
+                failed.append(len(spans))
+            spans.append(("model", grammar.render_turn(turn.kind, turn.thought, turn.content)))
+            if execution is not None:
+                spans.append(("environment", grammar.observation(execution.output)))
+        return cls(task, tuple(spans), stratum, task.mode, operation, wording, tuple(mistakes), tuple(failed))
 
     def to_dict(self, folder: Path | None = None) -> dict[str, Any]:
         """The JSON form; `folder` as in `Task.to_dict`."""
@@ -106,58 +85,6 @@ class Expert:
             mistakes=tuple(record["mistakes"]),
             failed=tuple(record["failed"]),
         )
-
-
-@dataclass
-class _Writing:
-    """A solution in the making."""
-
-    task: Task
-    spans: list[tuple[str, str]] = field(default_factory=list)
-    mistakes: list[int] = field(default_factory=list)
-    failed: list[int] = field(default_factory=list)
-
-    def write(self, turn: Turn) -> None:
-        if turn.mistake:
-            self.mistakes.append(len(self.spans))
-        text = GRAMMARS[self.task.mode].render_turn(turn.kind, turn.thought, turn.content)
-        self.spans.append(("model", text))
-
-    def observe(self, outcome: Outcome) -> None:
-        if not outcome.ok:
-            self.failed.append(len(self.spans) - 1)
-        self.spans.append(("environment", GRAMMARS[self.task.mode].observation(cut(outcome.output))))
-
-
-def follow(task: Task, script: Script, runner: Runner) -> Solution:
-    """Has a teacher's turns written and its code executed, one after another, till its answer.
-
-    Raises:
-        Abandoned: the teacher gave up.
-    """
-    writing, session = _Writing(task), None
-    try:
-        turn = next(script)
-        while turn.kind == "code":
-            writing.write(turn)
-            session = session or runner.open(task.files, task.language)
-            outcome = session.submit(turn.content).result()
-            writing.observe(outcome)
-            turn = script.send(outcome)
-    finally:
-        script.close()
-        if session is not None:
-            session.close()
-    writing.write(turn)
-    return Solution(tuple(writing.spans), tuple(writing.mistakes), tuple(writing.failed), turn.content)
-
-
-def cut(text: str, limit: int = MAX_OBSERVATION_CHARS) -> str:
-    """A text of at most about `limit` characters: head and tail stay, a line between says how much is left out."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
 
 
 def write_experts(path: str | Path, experts: Iterable[Expert]) -> None:

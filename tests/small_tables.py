@@ -5,7 +5,6 @@ import io
 import os
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ import pandas as pd
 from groupwise.data.production import assign_strata, made, scripted_works
 from groupwise.data.tables import Table
 from groupwise.data.teachers import STRATA
+from groupwise.rollout.sandbox import Execution
 
 FOLDER = threading.RLock()  # the working folder and the standard output are one for all threads
 
@@ -37,10 +37,8 @@ def small_tables(count: int = 6) -> list[Table]:
     return tables
 
 
-@dataclass(frozen=True)
-class Ran:
-    ok: bool
-    output: str
+def ran(ok: bool, output: str) -> Execution:
+    return Execution(ok, output, "ok" if ok else "error", 0.0)
 
 
 class InProcess:
@@ -53,7 +51,7 @@ class InProcess:
         return InProcessSession(self, files)
 
     def submit(self, code, files=(), history=()):
-        future: Future[Ran] = Future()
+        future: Future[Execution] = Future()
         future.set_result(self.run(code, files, history))
         return future
 
@@ -74,10 +72,10 @@ class InProcess:
             with contextlib.redirect_stdout(output):
                 exec(code, space)
         except Exception as error:
-            return Ran(False, f"{output.getvalue()}{type(error).__name__}: {error}")
+            return ran(False, f"{output.getvalue()}{type(error).__name__}: {error}")
         finally:
             os.chdir(here)
-        return Ran(True, output.getvalue())
+        return ran(True, output.getvalue())
 
 
 class InProcessSession:

@@ -4,9 +4,9 @@ import re
 import shutil
 
 import pytest
-from small_tables import InProcess, Ran, small_tables, taught
+from small_tables import InProcess, ran, small_tables, taught
 
-from groupwise.data import tasks, trajectories
+from groupwise.data import attempts, tasks, trajectories
 from groupwise.data.operations import OPERATIONS, REFLECTIONS
 from groupwise.data.teachers import STRATA
 from groupwise.engine.errors import UserError
@@ -55,7 +55,7 @@ def test_observations_are_what_the_code_printed(problems):
     class Parrot(InProcess):
         def run(self, code, files=(), history=()):
             result = super().run(code, files, history)
-            return Ran(result.ok, "PARROT\n" + result.output)
+            return ran(result.ok, "PARROT\n" + result.output)
 
     experts, _ = taught(problems[:20], Parrot(), seed=7)
     observations = [text for expert in experts for writer, text in expert.spans if writer == "environment"]
@@ -67,11 +67,11 @@ def test_a_long_observation_is_cut_in_its_middle(problems):
     class Chatty(InProcess):
         def run(self, code, files=(), history=()):
             result = super().run(code, files, history)
-            return Ran(result.ok, "x" * 30_000 + "\n" + result.output)
+            return ran(result.ok, "x" * 30_000 + "\n" + result.output)
 
     [expert] = taught(problems[:1], Chatty(), seed=7, strata={"success": 1})[0]
     observation = expert.spans[1][1]
-    assert len(observation) < trajectories.MAX_OBSERVATION_CHARS + 200
+    assert len(observation) < attempts.MAX_OBSERVATION_CHARS + 200
     assert "characters left out" in observation
     assert expert.task.answer[:4] in observation[-60:]
 
@@ -85,7 +85,7 @@ def test_a_wrong_answer_and_broken_executions_are_dropped(problems):
 
     class Broken(InProcess):
         def run(self, code, files=(), history=()):
-            return Ran(False, "killed")
+            return ran(False, "killed")
 
     some = [problem for problem in problems if problem.question.code][:5]
     assert taught(some, Broken(), seed=0, strata={"success": 1}) == ([], ["right code failed"] * 5)
