@@ -6,7 +6,7 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from .tables import MIN_ROWS, free_name, identifier, quotable
 
 MAX_ROWS = 100_000
 MAX_TABLES = 200
+MIN_ASKED_ROWS = 5
 DESCRIPTION_CHARS = 4000
 SAMPLE_ROWS = (3, 1)
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -43,8 +44,9 @@ class ForeignKey:
 class ColumnRoles:
     """What the columns of a stored table can be asked for; keys are for joins and have no other role.
 
-    `numbers`: finite numbers, at least three different ones; `groups`: 2 to 30 texts or whole numbers, each at least
-    twice, none missing; `labels`: a different text in each row; `dates`: days as ISO text; `gaps`: some are missing.
+    `numbers`: finite numbers; `groups`: 2 to 30 texts or 2 to 12 whole numbers, at most half as many as rows, none
+    missing; `labels`: a different text in each row; `dates`: days as ISO text; `gaps`: some are missing; `repeated`:
+    several values, not all different (keys too).
     """
 
     numbers: tuple[str, ...]
@@ -52,6 +54,7 @@ class ColumnRoles:
     labels: tuple[str, ...]
     dates: tuple[str, ...]
     gaps: tuple[str, ...]
+    repeated: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,25 @@ class Database:
     def description(self) -> str:
         """The metadata text that stands before a question."""
         return describe_database(self, self.budget)
+
+    @cached_property
+    def usable(self) -> list[StoredTable]:
+        """The tables that were read whole and that a question can name."""
+        return [
+            table for table in self.tables if table.complete and table.rows >= MIN_ASKED_ROWS and quotable(table.name)
+        ]
+
+    @cached_property
+    def links(self) -> list[tuple[StoredTable, StoredTable, ForeignKey]]:
+        """Foreign keys of one column whose values all stand, once each, in another table: child, parent, key."""
+        tables = {table.name.lower(): table for table in self.usable}
+        found = []
+        for child in self.usable:
+            for key in child.foreign_keys:
+                parent = tables.get(key.table.lower())
+                if parent is not None and parent is not child and _leads(child, parent, key):
+                    found.append((child, parent, key))
+        return found
 
     def write(self, folder: str | Path) -> Path:
         """Write a copy into `folder` (made if need be) and return its absolute path; one that is there is kept.
@@ -209,32 +231,58 @@ def _foreign_keys(connection: sqlite3.Connection, name: str) -> tuple[ForeignKey
     return tuple(sorted(keys, key=lambda key: key.columns))
 
 
+def _leads(child: StoredTable, parent: StoredTable, key: ForeignKey) -> bool:
+    column, target = key.columns[0], key.targets[0]
+    if len(key.columns) > 1 or not quotable(column) or not quotable(target):
+        return False
+    if column not in child.frame.columns or target not in parent.frame.columns:  # SQL ignores case, a frame does not
+        return False
+    known = Counter(parent.column(target))
+    if None in known or max(known.values()) > 1 or not told_apart(known):
+        return False
+    return all(value in known for value in present(child.column(column)))
+
+
 def _roles(table: StoredTable) -> ColumnRoles:
     keys = {*table.primary_key, *(name for key in table.foreign_keys for name in key.columns)}
-    numbers, groups, labels, dates, gaps = [], [], [], [], []
-    for name in table.frame.columns:
-        if name in keys or not quotable(name):
-            continue
-        values = [value for value in table.column(name) if value is not None]
+    numbers, groups, labels, dates, gaps, repeated = [], [], [], [], [], []
+    for name in filter(quotable, table.frame.columns):
+        values = present(table.column(name))
         sizes = Counter(values)
-        whole = len(values) == table.rows
+        if 1 < len(sizes) < len(values) and told_apart(sizes):
+            repeated.append(name)
+        if name in keys:
+            continue
+        whole, few = len(values) == table.rows, 2 * len(sizes) <= table.rows
         if 0 < len(values) < table.rows:
             gaps.append(name)
         if len(sizes) < 2:
             continue
         if all(isinstance(value, int | float) for value in values):
-            if len(sizes) >= 3 and all(math.isfinite(value) and abs(value) < 1e12 for value in values):
+            if all(math.isfinite(value) and abs(value) < 1e12 for value in values):
                 numbers.append(name)
-            if whole and len(sizes) <= 12 and min(sizes.values()) >= 2 and all(isinstance(key, int) for key in sizes):
+            if whole and few and len(sizes) <= 12 and all(isinstance(value, int) for value in sizes):
                 groups.append(name)
-        elif all(isinstance(value, str) for value in values):
+        elif all(isinstance(value, str) for value in values) and told_apart(sizes):
             if all(map(_is_day, values)):
                 dates.append(name)
             elif whole and len(sizes) == table.rows and all(value.strip() and value.isprintable() for value in sizes):
                 labels.append(name)
-            elif whole and len(sizes) <= 30 and min(sizes.values()) >= 2 and all(map(quotable, sizes)):
+            elif whole and few and len(sizes) <= 30 and all(map(quotable, sizes)):
                 groups.append(name)
-    return ColumnRoles(tuple(numbers), tuple(groups), tuple(labels), tuple(dates), tuple(gaps))
+    return ColumnRoles(*map(tuple, (numbers, groups, labels, dates, gaps, repeated)))
+
+
+def present(values: list[Any]) -> list[Any]:
+    """The values that are not missing."""
+    return [value for value in values if value is not None]
+
+
+def told_apart(values: Iterable[object]) -> bool:
+    """Whether different values are different in SQL under any collation; bytes are left to nobody."""
+    different = set(values)
+    folded = {value.rstrip().lower() if isinstance(value, str) else value for value in different}
+    return len(folded) == len(different) and not any(isinstance(value, bytes) for value in different)
 
 
 def _is_day(text: str) -> bool:
@@ -254,14 +302,14 @@ def _is_day(text: str) -> bool:
 def sql_name(name: str) -> str:
     """A name as people write it in SQL: bare where SQLite can read it so.
 
-    Else in brackets and not in double quotes, which SQLite takes for a text where no such column exists.
+    Else in backticks and not in double quotes, which SQLite takes for a text where no such column exists.
     """
     if PLAIN.fullmatch(name):
         probe = f"WITH {name} AS (SELECT 1 AS {name}) SELECT {name}.{name} FROM {name} WHERE {name} = 1 ORDER BY {name}"
         with closing(sqlite3.connect(":memory:")) as empty, suppress(sqlite3.Error):
             if empty.execute(probe).fetchall() == [(1,)]:
                 return name
-    return quoted(name) if "]" in name else f"[{name}]"
+    return "`" + name.replace("`", "``") + "`"
 
 
 # ---- description -----------------------------------------------------------------------------------------------------
