@@ -170,27 +170,21 @@ def _separator(lines: list[str], quote: str) -> str:
 
 
 def _parse(text: str, path: Path, separator: str = ",", quote: str = '"') -> pd.DataFrame:
-    """The table of a .csv text, without titles above its header and without lines that repeat it."""
+    """The table of a .csv text, without titles above its header."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
     if separator == r"\s+":
         header = [cell.strip(quote) for cell in text.partition("\n")[0].split()]
     else:
         text, header = _from_header(text, separator, quote)
-    first, _, rest = text.partition("\n")
     if len(header) > MAX_COLUMNS:
         raise UserError(f"the table {path} has {len(header)} columns, over {MAX_COLUMNS}; take some of them.")
-    if len(header) > 1 and not any(map(NUMBER.fullmatch, header)) and f"\n{first}\n" in f"\n{rest}\n":
-        text = "\n".join([first, *(line for line in rest.split("\n") if line != first)])
-    trailing = separator in ",;\t|" and not first.rstrip("\r").endswith(separator)
-    trailing = trailing and all(line.endswith(separator) for line in rest[:65536].splitlines()[:5])
+    text = _mended(text, header, separator)
     decimal = "," if len(COMMA_NUMBER.findall(text)) > len(POINT_NUMBER.findall(text)) else "."
     try:
         frame = pd.read_csv(
             io.StringIO(text), sep=separator, quotechar=quote, skipinitialspace=True, low_memory=False,
             decimal="." if separator == "," else decimal,
-            # A mark at the end of each line opens no column; without this, pandas takes the first one for an index.
-            index_col=False if trailing else None,
         )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -198,6 +192,18 @@ def _parse(text: str, path: Path, separator: str = ",", quote: str = '"') -> pd.
     if _is_data(header, frame):
         raise UserError(f"the table {path} has no header: its first line is data; put a line of column names first.")
     return frame
+
+
+def _mended(text: str, header: list[str], separator: str) -> str:
+    """The text without lines that repeat the header, as where files were joined, and with as many names as cells."""
+    first, _, rest = text.partition("\n")
+    if len(header) > 1 and not any(map(NUMBER.fullmatch, header)) and f"\n{first}\n" in f"\n{rest}\n":
+        rest = "\n".join(line for line in rest.split("\n") if line != first)
+    lines = rest[:65536].splitlines()[:5]
+    if lines and all(line.endswith(separator) and line.count(separator) == len(header) for line in lines):
+        # The mark at the end of each line opens a column that has no name; pandas would move the names by one.
+        first = first.rstrip("\r") + separator
+    return f"{first}\n{rest}"
 
 
 def _from_header(text: str, separator: str, quote: str) -> tuple[str, list[str]]:
@@ -243,7 +249,7 @@ def _is_data(header: list[str], frame: pd.DataFrame) -> bool:
 def _read_workbook(path: Path, max_rows: int) -> Iterator[tuple[str, pd.DataFrame | str]]:
     """Each sheet of an .xlsx file: the values that were stored, formulas as they came out when it was saved."""
     check_file(path)
-    with _named_errors(path, "a workbook"):
+    try:
         with path.open("rb") as file:
             if file.read(8) == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":
                 raise UserError(f"the workbook {path} is encrypted or in the old .xls format; save it as plain .xlsx.")
@@ -252,8 +258,9 @@ def _read_workbook(path: Path, max_rows: int) -> Iterator[tuple[str, pd.DataFram
             if size > limit:
                 raise UserError(f"the workbook {path} unpacks to {size} MiB, over {limit} MiB; take a part of it.")
             merges = _merges(archive)
-    try:
         book = pd.ExcelFile(path, engine="openpyxl")
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"the workbook {path} needs openpyxl; install groupwise[data].") from None
     except Exception as error:  # openpyxl raises whatever it stumbles over in a broken file
@@ -335,13 +342,12 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
         UserError: the file is too large, locked, encrypted, corrupt or no database.
     """
     check_file(path)
-    uri = read_only_uri(str(path))
-    with (
-        _named_errors(path, "an SQLite database"),
-        closing(sqlite3.connect(uri, uri=True, timeout=LOCK_S)) as connection,
-    ):
-        connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        yield connection
+    try:
+        with closing(sqlite3.connect(read_only_uri(str(path)), uri=True, timeout=LOCK_S)) as connection:
+            connection.text_factory = lambda data: data.decode("utf-8", "replace")
+            yield connection
+    except sqlite3.Error as error:
+        raise UserError(f"the database {path} cannot be read ({_short(error)}); repair or remove it.") from error
 
 
 def table_names(connection: sqlite3.Connection) -> list[str]:
@@ -366,15 +372,6 @@ def _read_database(path: Path, max_rows: int) -> Iterator[tuple[str, pd.DataFram
             except (sqlite3.Error, UserError) as error:
                 found = _short(error)
             yield name, found
-
-
-@contextmanager
-def _named_errors(path: Path, what: str) -> Iterator[None]:
-    """Errors of reading as one sentence about the file."""
-    try:
-        yield
-    except (OSError, sqlite3.Error, zipfile.BadZipFile, ElementTree.ParseError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read as {what} ({_short(error)}); repair or remove it.") from error
 
 
 def _short(error: Exception) -> str:
