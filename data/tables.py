@@ -1,4 +1,4 @@
-"""Real tables: found, read, cleaned, described, and divided into training and evaluation tables.
+"""Real tables: found, cleaned, described, and divided into training and evaluation tables.
 
 Without a folder the tables are those that scikit-learn and statsmodels carry. A table that cannot serve is dropped with
 a reason; only a request that leaves nothing to work with is an error.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..engine.errors import UserError
+from .reading import SUFFIXES, Dropped, find_files, read_frames
 
 MIN_ROWS = 20
 MAX_ROWS = 10_000
@@ -44,10 +44,14 @@ class Roles:
 
 @dataclass(frozen=True)
 class Table:
-    """A cleaned table: `name` is unique in a collection, `frame` holds only columns that a question can name."""
+    """A cleaned table: `name` is unique in a collection, `frame` holds only columns that a question can name.
+
+    `omitted` says which columns of the source are not in it, and why.
+    """
 
     name: str
     frame: pd.DataFrame
+    omitted: tuple[Dropped, ...] = ()
 
     @property
     def file(self) -> str:
@@ -58,14 +62,6 @@ class Table:
     def roles(self) -> Roles:
         """What each column can be asked for."""
         return roles(self.frame)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A source that gave no table, with the reason in a few words."""
-
-    source: str
-    reason: str
 
 
 def quotable(text: object, limit: int = MAX_NAME) -> bool:
@@ -115,85 +111,53 @@ def describe(file: str, frame: pd.DataFrame) -> str:
     return f'read_csv("{file}"), {len(frame)} rows: {columns}'
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read one .csv file, whichever of the usual separators, quotes and encodings it uses.
-
-    Raises:
-        UserError: the file is missing, empty, or no table can be read from it.
-    """
-    if not path.is_file():
-        raise UserError(f"the table {path} does not exist; give the path of a .csv file.")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the table {path} cannot be read ({error.strerror}); check its permissions.") from error
-    if not raw.strip():
-        raise UserError(f"the table {path} is empty; it must hold a header and at least {MIN_ROWS} rows.")
-    if b"\0" in raw[:4096]:
-        raise UserError(f"the table {path} holds binary data; a .csv file must be text.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    lines = text[:65536].strip().splitlines()[:5]
-    quote = "'" if lines[0].lstrip().startswith("'") else '"'
-    try:
-        return pd.read_csv(io.StringIO(text), sep=_separator(lines), quotechar=quote, skipinitialspace=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the table {path} cannot be read as .csv ({reason}); repair or remove it.") from error
-
-
-def _separator(lines: list[str]) -> str:
-    """The mark that stands most often in each of the first lines; spaces only if they cut all lines into as many."""
-    counts = {mark: min(line.count(mark) for line in lines) for mark in ",;\t|"}
-    best = max(counts, key=lambda mark: counts[mark])
-    words = {len(line.split()) for line in lines}
-    return best if counts[best] or len(words) > 1 or words == {1} else r"\s+"
-
-
-def clean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the columns that can be named and asked about, under stripped names; row numbers, constants and twins go."""
-    frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip())
-    keep = [not name.startswith("Unnamed:") and quotable(name) for name in frame.columns]
-    frame = frame.loc[:, keep]
-    frame = frame.loc[:, ~frame.columns.str.lower().duplicated()].dropna(how="all")
+def clean(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Dropped]]:
+    """The columns that can be named and asked about, under stripped names, and those left out, each with the reason."""
+    frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip()).dropna(how="all")
     frame = frame.replace([np.inf, -np.inf], np.nan)
-    kept = {}
-    for name in frame.columns:
-        column = frame[name]
-        if kind(column) == "text":
-            column = column.map(lambda value: value.strip() if isinstance(value, str) else value)
-            numbers = pd.to_numeric(column, errors="coerce")
-            if numbers.notna().sum() > 0.9 * len(column):
-                column = numbers
-        if column.nunique() >= 2:
-            kept[name] = column
-    return pd.DataFrame(kept).reset_index(drop=True)
+    kept: dict[str, pd.Series] = {}
+    omitted: list[Dropped] = []
+    taken: set[str] = set()
+    for place, name in enumerate(frame.columns):
+        if name.startswith("Unnamed:") or not name:
+            omitted.append(Dropped(f"column {place + 1}", "no name"))
+        elif not quotable(name):
+            omitted.append(
+                Dropped(name, f"its name is over {MAX_NAME} characters, or has quotes, braces or line breaks")
+            )
+        elif name.lower() in taken:
+            omitted.append(Dropped(name, "another column has its name"))
+        else:
+            taken.add(name.lower())
+            column = _numbers(frame.iloc[:, place])
+            if column.nunique() >= 2:
+                kept[name] = column
+            else:
+                omitted.append(Dropped(name, "fewer than two different values"))
+    return pd.DataFrame(kept).reset_index(drop=True), omitted
 
 
-def _is_decimal(text: str) -> bool:
-    """Whether a header is a number that no one would choose as a name: a year may name a column, 0.083 does not."""
-    try:
-        return not float(text).is_integer()
-    except ValueError:
-        return False
+def _numbers(column: pd.Series) -> pd.Series:
+    """A text column without spaces around its values, or as numbers if over nine tenths of it are."""
+    if kind(column) != "text":
+        return column
+    column = column.map(lambda value: value.strip() if isinstance(value, str) else value)
+    numbers = pd.to_numeric(column, errors="coerce")
+    return numbers if numbers.notna().sum() > 0.9 * len(column) else column
 
 
 def accept(name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> Table | Dropped:
     """Clean `frame` and make it a Table, or say why it cannot be one."""
-    if all(_is_decimal(str(header)) for header in frame.columns):
-        return Dropped(name, "no header")
-    frame = clean(frame)
+    frame, omitted = clean(frame)
     if frame.empty:
-        return Dropped(name, "no usable column")
+        return Dropped(name, "no column that can be named and has two values")
     if len(frame) < min_rows:
         return Dropped(name, f"under {min_rows} rows")
     if len(frame) > max_rows:
         return Dropped(name, f"over {max_rows} rows")
     if not roles(frame).numeric:
-        return Dropped(name, "no usable column")
-    return Table(name, frame)
+        return Dropped(name, "no column of numbers")
+    return Table(name, frame, tuple(omitted))
 
 
 def _sklearn_frames() -> Iterable[tuple[str, pd.DataFrame]]:
@@ -224,7 +188,7 @@ def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list
     spec = importlib.util.find_spec("statsmodels")
     if spec and spec.submodule_search_locations:
         root = Path(spec.submodule_search_locations[0]) / "datasets"
-        _read_all(sorted(root.glob("*/*.csv")), tables, dropped, min_rows=min_rows, max_rows=max_rows)
+        _read_all(sorted(root.glob("*/*.csv")), root, tables, dropped, min_rows=min_rows, max_rows=max_rows)
     if not tables:
         raise UserError("no bundled table was found; install groupwise[data] or name a folder of them, tables=DIR.")
     return tables, dropped
@@ -233,44 +197,58 @@ def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list
 def find_tables(
     folder: str | Path | None = None, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS
 ) -> tuple[list[Table], list[Dropped]]:
-    """The usable tables of `folder` (all .csv files under it), or the bundled ones, and what was dropped.
+    """The usable tables of `folder` (.csv, .tsv, .xlsx and SQLite files under it) or the bundled ones, and the dropped.
+
+    Each sheet of a workbook and each table of a database is a table of its own, named after both.
 
     Args:
-        folder: a folder of .csv files; None for the bundled tables.
+        folder: a folder of tables; None for the bundled ones.
         min_rows, max_rows: limits in rows, both inclusive.
 
     Raises:
-        UserError: the folder is missing or holds no .csv file, or no table can be used.
+        UserError: the folder is missing or holds no such file, or no table can be used.
     """
     if folder is None:
         return bundled(min_rows=min_rows, max_rows=max_rows)
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"the folder of tables {root} does not exist; give a folder that holds .csv files.")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".csv")
+    paths, dropped = find_files(folder, SUFFIXES)
     if not paths:
-        raise UserError(f"the folder of tables {root} holds no .csv file; put at least two tables there.")
+        raise UserError(f"the folder of tables {folder} holds no .csv, .xlsx or .sqlite file; put two tables there.")
     tables: list[Table] = []
-    dropped: list[Dropped] = []
-    _read_all(paths, tables, dropped, min_rows=min_rows, max_rows=max_rows)
+    _read_all(paths, Path(folder), tables, dropped, min_rows=min_rows, max_rows=max_rows)
     if not tables:
         reasons = "; ".join(f"{drop.source}: {drop.reason}" for drop in dropped[:3])
-        raise UserError(f"none of the {len(paths)} tables in {root} can be used ({reasons}); add numeric tables.")
+        raise UserError(f"none of the {len(paths)} files in {folder} can be used ({reasons}); add numeric tables.")
     return tables, dropped
 
 
-def _read_all(paths: list[Path], tables: list[Table], dropped: list[Dropped], *, min_rows: int, max_rows: int) -> None:
+def _read_all(
+    paths: list[Path], root: Path, tables: list[Table], dropped: list[Dropped], *, min_rows: int, max_rows: int
+) -> None:
     for path in paths:
-        stem = path.stem if path.stem.lower() != "data" else path.parent.name
-        name = "".join(mark if mark.isalnum() and mark.isascii() else "_" for mark in stem).strip("_")[:24] or "table"
-        taken = {table.name for table in tables}
-        name = next(new for new in (name, *(f"{name}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
+        source = path.relative_to(root).as_posix()
+        stem = identifier(path.stem if path.stem.lower() != "data" else path.parent.name)
         try:
-            frame = read_csv(path)
+            for part, frame in read_frames(path, max_rows):
+                where = f"{source}, {part}" if part else source
+                if isinstance(frame, str):
+                    dropped.append(Dropped(where, frame))
+                    continue
+                name = free_name(f"{stem}_{identifier(part)}" if part else stem, {table.name for table in tables})
+                result = accept(name, frame, min_rows=min_rows, max_rows=max_rows)
+                _sort(replace(result, source=where) if isinstance(result, Dropped) else result, tables, dropped)
         except UserError as error:
-            dropped.append(Dropped(path.name, str(error)))
-            continue
-        _sort(accept(name, frame, min_rows=min_rows, max_rows=max_rows), tables, dropped)
+            dropped.append(Dropped(source, str(error).replace(str(path), path.name)))
+
+
+def identifier(text: str) -> str:
+    """A name of at most 24 letters, digits and underscores made from `text`."""
+    marks = "".join(mark if mark.isalnum() and mark.isascii() else "_" for mark in text)
+    return marks.strip("_")[:24] or "table"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, with a number behind it if it is taken."""
+    return next(new for new in (name, *(f"{name}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
 
 
 def _sort(result: Table | Dropped, tables: list[Table], dropped: list[Dropped]) -> None:

@@ -1,7 +1,8 @@
 """Views: the same real table under many names, as small .csv files.
 
-A training view takes some rows and columns of a table and renames everything in it; an evaluation view keeps the real
-names and all rows and only leaves columns out, so that its description stays short. What a view holds is what code
+A training view takes some rows and columns of a table and renames everything in it, for a model that begins with
+nothing; an evaluation view keeps the real names and all rows and only leaves columns out, so that its description stays
+short; a whole view is the table itself, for models that read long descriptions. What a view holds is what code
 reads back from its .csv text, so answers computed on `View.frame` are answers about the file.
 """
 
@@ -17,12 +18,14 @@ from random import Random
 import numpy as np
 import pandas as pd
 
+from .metadata import describe_fully
 from .names import NameMaker
 from .tables import Roles, Table, describe, kind, roles
 
 MAX_HEADER_CHARS = 60
 VIEW_ROWS = (20, 60)
 VIEW_COLUMNS = (2, 6)
+WHOLE_COLUMNS = 40
 # Names of added columns until they are renamed; no cleaned header holds a line break.
 GROUPS, LABELS, TIMES = "\ngroups", "\nlabels", "\ntimes"
 
@@ -31,12 +34,14 @@ GROUPS, LABELS, TIMES = "\ngroups", "\nlabels", "\ntimes"
 class View:
     """Some columns of a table in a .csv file.
 
-    `table` names the table that it comes from, `file` is the base name of the file, `csv` its text.
+    `table` names the table that it comes from, `file` is the base name of the file, `csv` its text. `budget` is the
+    length in characters that its description may have; 0 stands for names and types alone.
     """
 
     table: str
     file: str
     csv: str
+    budget: int = 0
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -48,9 +53,11 @@ class View:
         """What each column can be asked for."""
         return roles(self.frame)
 
-    @property
+    @cached_property
     def description(self) -> str:
         """The metadata text that stands before a question."""
+        if self.budget:
+            return describe_fully(self.file, self.frame, self.budget)
         return describe(self.file, self.frame)
 
     def write(self, folder: str | Path) -> Path:
@@ -142,3 +149,16 @@ def evaluation_view(table: Table, rng: Random) -> View:
     while len(names) > 1 and sum(map(len, names)) > MAX_HEADER_CHARS:
         names.remove(max((name for name in names if name != numeric), key=len))
     return View(table.name, table.file, table.frame[names].to_csv(index=False))
+
+
+def whole_view(table: Table, budget: int) -> View:
+    """All rows of a table under its real names, with the full description; of very many columns the first ones.
+
+    Args:
+        table: a table, to train or to evaluate on.
+        budget: the length in characters that the description may have.
+    """
+    names = list(table.frame.columns)[:WHOLE_COLUMNS]
+    if not set(names) & set(table.roles.numeric):
+        names[-1] = table.roles.numeric[0]
+    return View(table.name, table.file, table.frame[names].to_csv(index=False), budget)

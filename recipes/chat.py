@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..data.tables import describe, read_csv
+from ..data.reading import read_csv
+from ..data.tables import describe
 from ..engine.errors import UserError
 from ..engine.hf import load_hf
 from ..engine.model import Model

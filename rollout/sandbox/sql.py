@@ -174,14 +174,14 @@ def _sqlite(query: str, files: Sequence[str], limits: SqlLimits) -> Iterator[Res
 
 def _open(files: Sequence[str], limits: SqlLimits) -> sqlite3.Connection:
     """A connection that reads the files, the first as `main`, and all under names of their own if there are several."""
-    connection = sqlite3.connect(_uri(files[0]), uri=True, isolation_level=None)
+    connection = sqlite3.connect(read_only_uri(files[0]), uri=True, isolation_level=None)
     try:
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_mib * 2**20}")
         connection.execute("PRAGMA temp_store = MEMORY")
         if len(files) > 1:
             for file, name in zip(files, _names(files, ("main", "temp")), strict=True):
-                connection.execute(f"ATTACH ? AS {_quoted(name)}", (_uri(file),))
+                connection.execute(f"ATTACH ? AS {_quoted(name)}", (read_only_uri(file),))
         caps = {
             sqlite3.SQLITE_LIMIT_LENGTH: max(limits.max_bytes, 2**20),  # or it cannot read a schema
             sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
@@ -198,7 +198,8 @@ def _open(files: Sequence[str], limits: SqlLimits) -> sqlite3.Connection:
     return connection
 
 
-def _uri(file: str) -> str:
+def read_only_uri(file: str) -> str:
+    """The name by which SQLite opens a file that nobody writes through it."""
     path = os.path.abspath(file)
     # Without locks and logs, which need no writable folder; but what has a log beside it is whole only with it.
     alone = not any(os.path.exists(path + suffix) for suffix in ("-wal", "-journal"))
