@@ -22,7 +22,7 @@ RESAMPLES = 10_000
 AT_ONCE = 2**22  # numbers of a block of resamples
 EXACT_TASKS = 16  # up to 2**16 patterns of signs are counted, not drawn
 SAME = 1e-9  # between sums of the same numbers in another order
-RAISED = re.compile(r"^cell \d+, line \d+:.*\n([A-Za-z_][\w.]*)", re.MULTILINE)
+RAISED = re.compile(r"^cell \d+, line \d+.*\n(?!cell \d)([A-Za-z_][\w.]*)", re.MULTILINE)
 
 
 def pass_at_k(runs: int, right: int, k: int) -> float:

@@ -17,6 +17,7 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Literal
 
 from ..rewards.answer import named_result, trajectory_correct
@@ -31,6 +32,7 @@ Rule = Literal[
 LABEL = re.compile(r"@(\w+)\[(.*?)\]")  # as DABench reads an answer
 LABEL_TOLERANCE = 1e-6
 WORD = re.compile(r"[a-z0-9]+")
+HALF_UP = Context(prec=1000, rounding=ROUND_HALF_UP)
 MAX_WORDS = 1000  # of an answer, for a longest common subsequence
 
 
@@ -90,7 +92,8 @@ def _is_part(said: str, right: str, tolerance: float, places: int) -> bool:
     one, other = parse_number(said), parse_number(right)
     if tolerance or one is None or other is None or "%" in said + right:
         return False
-    return round(one, places) == round(other, places)
+    step = Decimal(1).scaleb(-places)
+    return len({Decimal(repr(value)).quantize(step, context=HALF_UP) for value in (one, other)}) == 1
 
 
 def rouge_l(answer: str, gold: str) -> float:

@@ -67,8 +67,7 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
     file = run.folder / "evaluate" / f"{name}.json"
     if file.exists():
         return _finished(file, asked)
-    folder = run.folder / "trajectories" / "evaluate" / name
-    together(run.mesh, (lambda: _begin(folder, {**asked, "ranks": run.mesh.world_size})) if run.is_main else _nothing)
+    together(run.mesh, (lambda: _begin(run, name, asked)) if run.is_main else _nothing)
     judge = _judge(run, benchmark)
     items = {item.task.id: item for item in benchmark.items}
     tasks = [item.task for item in benchmark.items]
@@ -146,12 +145,12 @@ def _finished(file: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _begin(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Keeps the chunks of a stopped evaluation if it was this one, else removes them."""
-    file = folder / "asked.json"
-    if not file.exists() or json.loads(file.read_text()) != asked:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(file, json.dumps(asked, indent=1))
+def _begin(run: Run, name: str, asked: Mapping[str, Any]) -> None:
+    """Keeps the chunks of a stopped evaluation if it was this one, on as many ranks, else removes them."""
+    file, this = run.folder / "evaluate" / f"{name}.asked.json", {**asked, "ranks": run.mesh.world_size}
+    if not file.exists() or json.loads(file.read_text()) != this:
+        shutil.rmtree(run.folder / "trajectories" / "evaluate" / name, ignore_errors=True)
+        write_atomically(file, json.dumps(this, indent=1))
 
 
 def _nothing() -> None:
