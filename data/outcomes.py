@@ -70,6 +70,9 @@ class Outcome:
         return asdict(self)
 
 
+# The words of the benchmarks for how hard a question is, in their order.
+LEVELS = (("easy", "simple"), ("medium", "moderate"), ("hard", "challenging"))
+
 Part = Callable[[Outcome], tuple[float, float]]
 
 
@@ -230,5 +233,9 @@ def _breakdown(judged: Sequence[Outcome], key: Callable[[Outcome], str], seed: i
             "num_tasks": len({run.task for run in runs}),
             "interval": _interval(_sums(runs, _correct), seed),
         }
-        for name, runs in sorted(_by(judged, key).items())
+        for name, runs in sorted(_by(judged, key).items(), key=lambda group: (_rank(group[0]), group[0]))
     }
+
+
+def _rank(level: str) -> int:
+    return next((place for place, words in enumerate(LEVELS) if level in words), -1)

@@ -34,13 +34,14 @@ def compare_results(argv: Sequence[str], console: Console) -> None:
     results = [_read(file) for file in files]
     one, other = ([Outcome.from_dict(outcome) for outcome in result["outcomes"]] for result in results)
     found = compare(one, other)
-    table = Table(title=f"{files[0]} (A) and {files[1]} (B), {found['num_tasks']} tasks", title_justify="left")
-    for column in ("", "A", "B", "B - A", "95 % interval", "p"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(title=f"{found['num_tasks']} tasks\nA: {files[0]}\nB: {files[1]}", title_justify="left")
+    table.add_column("")
+    for column in ("A", "B", "B - A", "95 % interval", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, row in found["rows"].items():
         low, high = row["interval"]
         values = (shown(row["one"]), shown(row["other"]), f"{row['difference']:+.4g}", f"{low:+.4g} to {high:+.4g}")
-        table.add_row(name, *values, f"{row['p_value']:.4f}")
+        table.add_row(name.replace("_", " "), *values, f"{row['p_value']:.4f}")
     console.print(table)
     for count, file in zip((found["only_one"], found["only_other"]), files, strict=True):
         if count:

@@ -74,7 +74,8 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
     mine = my_share(run, tasks, lambda task: len(task.description) + len(task.question))
     # Ranks with fewer tasks still take part in every gathering of the weights.
     rounds = -(-len(tasks) // (CHUNK * run.mesh.world_size))
-    records: list[dict[str, Any]] = []
+    found: list[Outcome] = []
+    examples: list[dict[str, Any]] = []
     for index in progress(range(rounds), f"evaluate {name}", rank=run.mesh.rank):
         chunk = [items[task.id] for task in mine[index * CHUNK : (index + 1) * CHUNK]]
         record = f"evaluate/{name}/{index:06d}"
@@ -83,16 +84,17 @@ def evaluate(run: Run, policy: Policy, rollouts: Rollouts, name: str) -> dict[st
             _score(groups, {item.task.id: item.rule for item in chunk}, judge)
             rollouts.record(record, groups)
         # Whether they were sampled now or before, outcomes are read from the disk: they are the same.
-        records += read_records(rollouts.file(record))
-    found = [Outcome.of_record(items[record["task"]["id"]], record) for record in records]
+        for line in read_records(rollouts.file(record)):
+            found.append(Outcome.of_record(items[line["task"]["id"]], line))
+            if line["sample"] == 0 and len(examples) < NUM_EXAMPLES:
+                examples.append({**line, "correct": line["reward"] > 0})
     outcomes = [outcome for part in run.mesh.all_gather_object(found) for outcome in part]
-    firsts = [record for record in records if record["sample"] == 0][:NUM_EXAMPLES]
     result = {
         "benchmark": benchmark.name,
         **summarise(outcomes, run.config.run.seed),
         "dropped": dict(Counter(drop.reason for drop in benchmark.dropped).most_common()),
         "asked": asked,
-        "examples": run.mesh.broadcast_object([{**first, "correct": first["reward"] > 0} for first in firsts]),
+        "examples": run.mesh.broadcast_object(examples),
         "outcomes": [outcome.to_dict() for outcome in outcomes],
     }
     if run.is_main:
@@ -106,7 +108,10 @@ def _benchmark(run: Run, rollouts: Rollouts) -> Benchmark:
     """The benchmark that was named, read by the first rank, or the run's own evaluation tasks."""
     folder = run.config.evaluate.benchmark
     if not folder:
-        return Benchmark("", [BenchmarkItem(task) for task in read_tasks(run.folder / "data" / "eval.jsonl")], [])
+        file = run.folder / "data" / "eval.jsonl"
+        if not file.exists():
+            raise UserError(f"{file} does not exist; run groupwise.recipes.synthesize first or give evaluate.benchmark")
+        return Benchmark("", [BenchmarkItem(task) for task in read_tasks(file)], [])
     shares = run.config.data.mode_shares()
     mode = max(("datamind", "agentic"), key=lambda name: shares[name])
     work = run.folder / "data" / "benchmark"

@@ -104,8 +104,8 @@ def draw(result: Mapping[str, Any], name: str, png: str | Path) -> None:
     ends = {name.replace("_", " "): (count / runs, None) for name, count in result["endings"].items()}
     errors = list(result["code_errors"].items())[:WORST]
     failures = {name: (count / runs, None) for name, count in errors}
-    height = 2.0 + 0.3 * max(map(len, (scores, types, ends, failures)))
-    figure = Figure(figsize=(17, height), dpi=110, facecolor="white", layout="constrained")
+    most = max(map(len, (scores, types, ends, failures)))
+    figure = Figure(figsize=(17, 2.0 + 0.3 * most), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(result, name), x=0.012, ha="left", fontsize=15, color=INK, weight="bold")
     panels = (
@@ -115,19 +115,18 @@ def draw(result: Mapping[str, Any], name: str, png: str | Path) -> None:
         ("Errors of the code, a run", failures, RED, None),
     )
     for axes, (title, bars, color, limit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        dress(axes, title, "")
+        dress(axes, title if bars else f"{title}: none", "")
         _bars(axes, bars, color)
         axes.set_xlim(0, limit)
+        axes.set_ylim(most - 0.5, -0.5)  # the first bar on top, all of one height
     save(figure, png)
 
 
 def _bars(axes: Axes, bars: Mapping[str, tuple[float, tuple[float, float] | None]], color: str) -> None:
-    """Horizontal bars, the first on top."""
     for place, (value, interval) in enumerate(bars.values()):
         axes.barh(place, value, 0.7, color=color, alpha=0.8)
         if interval:
             axes.plot(interval, (place, place), color=INK, linewidth=1.5)
         axes.text(0.01, place, f"{value:.3f}", va="center", fontsize=8, color=INK, transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -171,6 +171,9 @@ def test_a_summary_by_hand() -> None:
     assert found["measures"]["share"] == pytest.approx(2 / 24)
     assert (found["tokens"], found["tokens_right"]) == (pytest.approx(160 / 12), 20)
     assert {name: row["pass_at_1"] for name, row in found["by_level"].items()} == {"easy": 0.5, "hard": 0.0}
+    assert list(summarise([outcome(level, True, level=level) for level in ("hard", "medium", "easy")])["by_level"]) == [
+        "easy", "medium", "hard"
+    ]  # fmt: skip
     assert set(found["by_type"]) == {"counting", "ranking"}
     assert found["intervals"]["pass_at_1"] == (0.0, 0.5)
     assert "by_level" not in summarise([outcome("a", True)])
@@ -211,7 +214,7 @@ def test_two_results_are_compared_in_the_terminal(tmp_path: Path, capsys: pytest
     files = [str(result_file(tmp_path / f"{rights}.json", rights)) for rights in (3, 8)]
     compare_results(["--compare", *files], Console(width=200))
     printed = capsys.readouterr().out
-    assert "pass_at_1" in printed
+    assert "pass at 1" in printed
     last = json.loads(printed.splitlines()[-1])
     assert last["rows"]["pass_at_1"]["difference"] == pytest.approx(0.5)
     for wrong, words in ((tmp_path / "none.json", "cannot be read"), (Path(__file__), "is no result")):
