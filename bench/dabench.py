@@ -16,22 +16,19 @@ With ``--rerun`` each trajectory is saved as a notebook, which is validated and 
 
 from __future__ import annotations
 
-import json
-import re
 import tempfile
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import nbformat
-import pandas as pd
 from nbclient import NotebookClient
 
 from groupwise.bench import common
-from groupwise.data.tables import describe
+from groupwise.data.benchmarks import read_benchmark
+from groupwise.data.scorers import labels_met
 from groupwise.engine.tokenizer import Tokenizer
 from groupwise.rewards.answer import trajectory_correct
 from groupwise.rollout.agent import AgentLimits, run_agent
@@ -49,9 +46,7 @@ PROGRAMS = Path(__file__).with_name("dabench_programs.toml")
 PIECES = {"first": "I read the table.", "mistake": "I go on.", "then": "I compute what is asked."}
 LIMITS = AgentLimits(max_tokens_per_turn=4096, max_trajectory_tokens=16384)
 VOCABULARY = 4096
-LABEL_TOLERANCE = 1e-6
 KERNELS = 2  # at once
-LABEL = re.compile(r"@(\w+)\[(.*?)\]")  # as the benchmark reads an answer
 
 Program = Mapping[str, str]
 Script = Generator[str, str, None]
@@ -134,32 +129,9 @@ def read_programs() -> dict[int, Program]:
 
 def read_tasks(folder: Path, mode: str) -> dict[int, Task]:
     """The benchmark's questions as tasks, by number; the gold answer is in the form that the question asks for."""
-    labels = {label["id"]: label["common_answers"] for label in _read_lines(folder / "labels.jsonl")}
-    tasks = {}
-    for question in _read_lines(folder / "questions.jsonl"):
-        number, file = question["id"], question["file_name"]
-        path = (folder / "tables" / file).resolve()
-        tasks[number] = Task(
-            id=f"dabench-{number}",
-            question="\n".join(question[part] for part in ("question", "constraints", "format")),
-            files=(str(path),),
-            description=_describe(path),
-            answer=", ".join(f"@{name}[{value}]" for name, value in labels[number]),
-            answer_type="named",
-            task_type=question["concepts"][0].lower(),
-            mode=mode,
-            table=file,
-        )
-    return tasks
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@cache
-def _describe(path: Path) -> str:
-    return describe(path.name, pd.read_csv(path))
+    with Sandbox() as sandbox:
+        items = read_benchmark(folder, work=folder, mode=mode, sandbox=sandbox).items
+    return {int(item.task.id.removeprefix("dabench-")): item.task for item in items}
 
 
 def run(tasks: Mapping[int, Task], programs: Mapping[int, Program]) -> tuple[dict[int, Trajectory], Tokenizer]:
@@ -186,16 +158,7 @@ def reaches(trajectory: Trajectory) -> bool:
 
 def exact(trajectory: Trajectory) -> bool:
     """Whether the benchmark's own rule accepts the answer."""
-    said = dict(LABEL.findall(trajectory.answer or ""))
-    gold = LABEL.findall(trajectory.task.answer)
-    return all(name in said and _is_label(said[name], value) for name, value in gold)
-
-
-def _is_label(said: str, label: str) -> bool:
-    try:
-        return said == label or abs(float(said) - float(label)) < LABEL_TOLERANCE
-    except ValueError:
-        return False
+    return all(labels_met(trajectory.answer, trajectory.task.answer).values())
 
 
 def rerun(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> list[bool]:

@@ -167,7 +167,6 @@ class OptimizerConfig:
 
     weight_decay: float = setting(0.1, "decoupled decay of matrices; vectors are not decayed", minimum=0)
     max_grad_norm: float = setting(1.0, "global norm to which gradients are clipped", minimum=0)
-    max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
     tokens_per_microbatch: int = setting(
         8192, "packed tokens in one forward and backward of a rank", minimum=1, changeable=True
     )
@@ -361,8 +360,9 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation on tables never trained on."""
+    """Evaluation on tables never trained on, or on a benchmark."""
 
+    benchmark: str = setting("", "folder of a benchmark's files; empty: the tasks on the run's tables kept apart")
     num_samples: int = setting(3, "runs of each task: pass@1 is their mean, pass@k their union", minimum=1)
     temperature: float = setting(0.7, "softmax temperature", minimum=0)
     top_p: float = setting(0.95, "nucleus", minimum=0, maximum=1)

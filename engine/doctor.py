@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, median, variance
 
 from .metrics import Ranked, drop_from, say
+from .step import MAX_BAD_STEPS
 
 Record = Mapping[str, float | None]
 
@@ -265,7 +266,7 @@ DIAGNOSES = (
         "nonfinite_gradient",
         _nonfinite_gradient,
         "Lower grpo.lr or optimizer.max_grad_norm, or set optimizer.compute_dtype=float32; the run stops after "
-        "optimizer.max_bad_steps of them in a row.",
+        f"{MAX_BAD_STEPS} of them in a row.",
     ),
 )
 

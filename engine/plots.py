@@ -54,18 +54,26 @@ def plot_run(folder: str | Path, png: str | Path) -> None:
         ("Time of a step, s", "step", lambda axes: _timing(axes, grpo)),
     ]
     for axes, (title, label, draw) in zip(panels, drawings, strict=True):
-        _dress(axes, title, label)
+        dress(axes, title, label)
         if not draw(axes):
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
+    save(figure, png)
+
+
+def save(figure: Figure, png: str | Path) -> None:
+    """Writes a figure: the file is replaced whole or not at all. Its folder is made if need be."""
+    png = Path(png)
+    png.parent.mkdir(parents=True, exist_ok=True)
     fresh = png.with_name(png.name + ".tmp")
     figure.savefig(fresh, format="png")
     os.replace(fresh, png)
 
 
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
+def dress(axes: Axes, title: str, xlabel: str) -> None:
+    """Gives a panel its title, its axis' label and the house's colours."""
     axes.set_title(title, loc="left", fontsize=11.5, color=INK, pad=8)
     axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
     axes.tick_params(which="both", labelsize=9, colors=MUTED, length=0)

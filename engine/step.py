@@ -20,6 +20,8 @@ from .shard import ShardedModel
 
 LossFunction = Callable[[ShardedModel, Batch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
+MAX_BAD_STEPS = 5  # not finite, in a row, end the run
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +66,6 @@ def optimise(
     lr: float,
     max_grad_norm: float,
     reduce_every_microbatch: bool = True,
-    max_bad_steps: int = 5,
     bad_batch_folder: Path | None = None,
 ) -> Update:
     """Make one update from this rank's micro-batches; a collective.
@@ -83,11 +84,10 @@ def optimise(
         max_grad_norm: global norm to clip at; 0 for no clipping.
         reduce_every_microbatch: False sums gradients over the ranks after the last micro-batch alone; until then each
             rank holds whole gradients.
-        max_bad_steps: so many steps in a row that are not finite end the run.
         bad_batch_folder: where each rank leaves the batches of the step that ended the run, for torch.load.
 
     Raises:
-        NonFiniteError: the ``max_bad_steps``-th step in a row was not finite.
+        NonFiniteError: the ``MAX_BAD_STEPS``-th step in a row was not finite.
     """
     batches = level(batches, mesh)
     if not batches:
@@ -105,7 +105,7 @@ def optimise(
     finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
     update = Update(loss_sum, grad_norm, lr, int(not finite), reduced)
     if update.skipped:
-        _leave_out(policy, optimizer, batches, update, mesh, max_bad_steps, bad_batch_folder)
+        _leave_out(policy, optimizer, batches, update, mesh, bad_batch_folder)
     else:
         optimizer.step(lr)
     policy.zero_grad()
@@ -152,7 +152,6 @@ def _leave_out(
     batches: Sequence[Batch],
     update: Update,
     mesh: Mesh,
-    max_bad_steps: int,
     folder: Path | None,
 ) -> None:
     """Count and say a step that is not finite, and end the run when it was one too many."""
@@ -168,7 +167,7 @@ def _leave_out(
         message += f"; tokens with a non-finite input: {tokens:.0f}, the first at index {first:.0f} of its micro-batch"
     if mesh.rank == 0:
         logger.warning(message)
-    if in_row < max_bad_steps:
+    if in_row < MAX_BAD_STEPS:
         return
     policy.zero_grad()
     kept = ""

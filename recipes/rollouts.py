@@ -76,7 +76,7 @@ class Rollouts:
             for file in self._folder.glob(f"{record}.rank*.jsonl"):  # of a run that was stopped, on more ranks
                 if int(file.stem.rpartition("rank")[2]) >= self._mesh.world_size:
                     file.unlink()
-        with self._policy.model.gathered(), Recorder(self._file(record), self._policy.tokenizer) as recorder:
+        with self._policy.model.gathered(), Recorder(self.file(record), self._policy.tokenizer) as recorder:
             try:
                 groups = run_agent(
                     self.sampler,
@@ -99,9 +99,10 @@ class Rollouts:
 
     def record(self, name: str, groups: Sequence[Group]) -> None:
         """Writes what ``sample`` recorded under a name once more, with rewards and advantages."""
-        write_records(self._file(name), groups, self._policy.tokenizer)
+        write_records(self.file(name), groups, self._policy.tokenizer)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where this rank's trajectories of a record are."""
         return self._folder / f"{name}.rank{self._mesh.rank}.jsonl"
 
     def metrics(self) -> dict[str, float]:

@@ -69,7 +69,9 @@ def _summary(run: Run, results: dict[str, dict[str, Any]], peak_rss_gib: float) 
         "ranks": run.mesh.world_size,
         "device": str(run.mesh.device),
         "torch": torch.__version__,
-        "results": results,
+        "results": {
+            name: {key: value for key, value in result.items() if key != "outcomes"} for name, result in results.items()
+        },
     }
 
 

@@ -87,7 +87,6 @@ class Training:
             lr=self.lr(step),
             max_grad_norm=settings.max_grad_norm,
             reduce_every_microbatch=settings.reduce_every_microbatch,
-            max_bad_steps=settings.max_bad_steps,
             bad_batch_folder=self.folder,
         )
 

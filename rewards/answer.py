@@ -4,12 +4,13 @@ A form that lists several candidates is wrong: two numbers where one was asked f
 """
 
 import re
+from string import ascii_uppercase
 
 from ..rollout.task import Task
 from ..rollout.trajectory import Trajectory
-from .choice_match import same_choice
+from .choice_match import OPTION, same_choice
 from .table_match import is_table, same_result, same_table
-from .value_match import normalise, parse_numbers, same_number, same_value
+from .value_match import normalise, parse_number, parse_numbers, same_number, same_value
 
 RELATIVE = 0.03  # DataMind, arXiv 2509.25084: numbers agree within 3 % of the right one
 NAMED = re.compile(r"@(\w+)\s*\[((?:[^\[\]]|\[[^\[\]]*\])*)\]")  # the value may be a list in brackets of its own
@@ -58,12 +59,12 @@ def trajectory_correct(trajectory: Trajectory) -> bool:
     answer, task = trajectory.answer, trajectory.task
     if answer_correct(answer, task):
         return True
-    result = _named_result(trajectory)
+    result = named_result(trajectory)
     return result is not None and same_result(result, task.answer, ordered=task.answer_type == "ordered_table")
 
 
-def _named_result(trajectory: Trajectory) -> str | None:
-    """The CSV of the query's result that the answer stands for, None where it stands for itself."""
+def named_result(trajectory: Trajectory) -> str | None:
+    """The CSV of the query's result that a trajectory's answer stands for, None where it stands for itself."""
     answer, task = trajectory.answer, trajectory.task
     if task.answer_type not in TABLES or not answer or not answer.strip() or is_table(answer, task.answer):
         return None
@@ -91,3 +92,22 @@ def named_values(text: str) -> dict[str, str | None]:
     for name, value in NAMED.findall(text):
         pairs[name.lower()] = None if name.lower() in pairs else value.strip().strip("[]").strip()
     return pairs
+
+
+def has_form(prediction: str, task: Task) -> bool:
+    """Whether an answer, right or wrong, is of the form that was asked for: one number, one option, all names, a table.
+
+    Any text has the form of a text.
+    """
+    if not prediction.strip():
+        return False
+    if task.answer_type in TABLES:
+        return is_table(prediction, task.answer) or len(set(FILE.findall(prediction))) == 1
+    if gold := named_values(task.answer):
+        given = named_values(prediction)
+        return all(given.get(name) for name in gold)
+    if task.answer_type == "choice" and OPTION.fullmatch(task.answer):
+        return any(same_choice(prediction, letter) for letter in ascii_uppercase)
+    if task.answer_type == "number" or parse_number(task.answer) is not None:
+        return len(parse_numbers(prediction)) == 1
+    return True
