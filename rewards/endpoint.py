@@ -20,6 +20,7 @@ from .reply import Message, NoReply, Reply, Sampling
 
 TRIES = 3  # replies that are of no use, then there is none
 ATTEMPTS = 6  # of a request that fails, over about 12 s, in which a server may restart or a rate limit pass
+LONG_ATTEMPTS = 10  # the same where nobody else waits, over about 3 minutes
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # doubled after each failure
 PATIENCE_S = 300.0  # of a call, in which other ranks wait; no request begins later
 CONNECT_S = 10.0
@@ -64,7 +65,8 @@ class Endpoint:
         self.identity = f"{model}@{url.rstrip('/')}"
         self._model, self._key, self._concurrency, self._timeout_s = model, api_key.strip(), concurrency, timeout_s
         self._sleep = sleep
-        headers = {"Accept-Encoding": "identity"}  # what is not compressed cannot be larger than it came
+        headers = {"Content-Type": "application/json"}
+        headers["Accept-Encoding"] = "identity"  # what is not compressed cannot be larger than it came
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None)
@@ -80,7 +82,7 @@ class Endpoint:
         sampling: Sampling = LIKELIEST,
         seed: int | None = None,
         *,
-        attempts: int | None = None,
+        attempts: int = LONG_ATTEMPTS,
         deadline: float = math.inf,
     ) -> Reply:
         """What the model says; threads may ask at once, and wait for a place.
@@ -89,7 +91,7 @@ class Endpoint:
             messages: the conversation so far.
             sampling: how the reply is drawn.
             seed: of a server that draws by one.
-            attempts: requests that may fail; None: ATTEMPTS.
+            attempts: requests that may fail.
             deadline: on the monotonic clock; no attempt waits beyond it.
 
         Raises:
@@ -101,15 +103,16 @@ class Endpoint:
             body["stop"] = list(sampling.stop)
         if seed is not None:
             body["seed"] = seed
+        content = json.dumps(body).encode()
         attempt = 0
         while True:
             attempt += 1
             try:
                 with self._places:
-                    return self._request(body)
+                    return self._request(content)
             except NoReply as error:
-                wait_s = error.wait_s if error.wait_s is not None else _backoff_s(body, attempt)
-                is_last = attempt >= (attempts or ATTEMPTS) or time.monotonic() + wait_s > deadline
+                wait_s = error.wait_s if error.wait_s is not None else _backoff_s(content, attempt)
+                is_last = attempt >= attempts or time.monotonic() + wait_s > deadline
                 if is_last or not error.is_transient:
                     raise
             self._sleep(wait_s)
@@ -155,11 +158,11 @@ class Endpoint:
                 break
         return text
 
-    def _request(self, body: dict[str, object]) -> Reply:
+    def _request(self, body: bytes) -> Reply:
         """What the model says, by one request."""
         begin = time.monotonic()
         try:
-            with self._client.stream("POST", self._url, json=body) as response:
+            with self._client.stream("POST", self._url, content=body) as response:
                 content = self._read(response, begin)
         except httpx.HTTPError as error:
             raise NoReply(f"{type(error).__name__}{f': {error}' if str(error) else ''}") from error
@@ -206,9 +209,9 @@ def _reply_of(content: bytes) -> Reply:
     return Reply(text.encode(errors="replace").decode(), is_cut, prompt_tokens, completion_tokens)
 
 
-def _backoff_s(body: dict[str, object], attempt: int) -> float:
+def _backoff_s(body: bytes, attempt: int) -> float:
     """Exponential, less up to a half by what is asked, so that requests that failed together come again apart."""
-    shift = random.Random(f"{attempt}{json.dumps(body)}").random()
+    shift = random.Random(b"%d%b" % (attempt, body)).random()
     return min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * (1 - shift / 2)
 
 
