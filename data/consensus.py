@@ -253,6 +253,6 @@ def _tables(task: Task, attempts: Sequence[Attempt]) -> list[str]:
 def _best(attempts: Sequence[Attempt]) -> Attempt:
     def cost(attempt: Attempt) -> tuple[int, int, int]:
         failed = sum(not execution.ok for execution in attempt.executions)
-        return failed, len(attempt.turns), len(_reasoning(attempt))
+        return failed, len(attempt.turns), sum(len(turn.thought) + len(turn.content) for turn in attempt.turns)
 
     return min(attempts, key=cost)
