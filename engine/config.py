@@ -76,13 +76,13 @@ class ModelConfig:
     num_attention_heads: int = setting(4, "query heads", minimum=1)
     num_key_value_heads: int = setting(2, "key and value heads; divides num_attention_heads", minimum=1)
     head_dim: int = setting(0, "width of a head; 0: hidden_size / num_attention_heads", minimum=0)
-    max_position_embeddings: int = setting(1024, "longest sequence, in tokens", minimum=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", minimum=1)
     tie_word_embeddings: bool = setting(True, "output head shares the embedding")
     initialization: Literal["normal", "induction"] = setting(
         "normal", "random weights; induction: with a circuit that copies laid into them, for small models from nothing"
     )
     # No settings: a Hugging Face folder brings its own, and random weights have no reason for others.
+    max_position_embeddings: int = 32768  # tokens of the longest sequence
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     rope_scaling: RopeScaling | None = None
@@ -127,7 +127,19 @@ class ModelConfig:
 class DataConfig:
     """Tables, tasks and expert trajectories."""
 
-    tables: str = setting("", "folder of .csv tables; empty: those bundled with scikit-learn and statsmodels")
+    tables: str = setting(
+        "", "folder of tables, .csv, .xlsx or .sqlite; empty: those bundled with scikit-learn and statsmodels"
+    )
+    teacher: str = setting(
+        "scripted",
+        "who writes the trajectories; scripted: programs that know the answers; MODEL@URL of an OpenAI-compatible "
+        "endpoint; a checkpoint's folder",
+    )
+    detail: Literal["short", "full"] = setting(
+        "short",
+        "short: small tables under invented names, told by their columns alone, one form of each program, as a model "
+        "from nothing can learn them; full: real names, more of the table, many forms, questions of several steps",
+    )
     num_trajectories: int = setting(3000, "expert trajectories for SFT", minimum=1)
     num_eval_tasks: int = setting(240, "tasks on the tables kept for evaluation", minimum=1)
     strata: str = setting(
@@ -193,10 +205,6 @@ class SFTConfig:
         0,
         "learn from questions in the first so many wordings of each kind only, the others are left to GRPO; 0: all",
         minimum=0,
-    )
-    fresh_names: bool = setting(
-        False,
-        "new column names each time a trajectory is seen, for a model that knows few words; for our own data only",
     )
 
 

@@ -16,7 +16,7 @@ from .run import Run
 
 
 class Experts:
-    """Reads ``RUN/data/experts.jsonl``.
+    """Reads the shards in ``RUN/data``.
 
     Raises:
         UserError: the data was not made yet, or a trajectory is in another grammar than its task asks for.
@@ -24,7 +24,7 @@ class Experts:
 
     def __init__(self, run: Run) -> None:
         folder = run.folder / "data"
-        self.all: list[Expert] = list(read_experts(folder / "experts.jsonl"))
+        self.all: list[Expert] = list(read_experts(folder))
         for expert in self.all:
             if expert.grammar != expert.task.mode:
                 raise UserError(
@@ -32,7 +32,8 @@ class Experts:
                     f"task asks for {expert.task.mode!r}; synthesize again, or leave it out"
                 )
         self._avoid: list[str] = json.loads((folder / "report.json").read_text())["evaluation_headers"]
-        self._fresh_names = run.config.sft.fresh_names
+        # A model that learns invented names by heart fails on the next table.
+        self._fresh_names = run.config.data.detail == "short"
         self._seed = run.config.run.seed
 
     def in_wordings(self, count: int) -> list[Expert]:
@@ -52,11 +53,11 @@ class Experts:
     def examples(
         self, chosen: Sequence[Expert], step: int, tokenizer: Tokenizer, prompt_weight: float = 0.0
     ) -> list[Example]:
-        """Trajectories as token ids, under the names that ``sft.fresh_names`` gives them at this step."""
+        """Trajectories as token ids, under the names that they have at this step."""
         return [_example(expert, tokenizer, prompt_weight) for expert in self.under_names(chosen, step)]
 
     def under_names(self, chosen: Sequence[Expert], step: int) -> list[Expert]:
-        """Trajectories under the names that ``sft.fresh_names`` gives them at this step, or under their own."""
+        """Trajectories under the names that they have at this step: new ones each time where their detail is short."""
         if not self._fresh_names:
             return list(chosen)
         return [renamed(e, Random(f"{self._seed}:{e.task.id}:{step}"), self._avoid) for e in chosen]

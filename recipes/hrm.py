@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
+from ..data.production import assign_strata, made, scripted_works
 from ..data.tables import find_tables
 from ..data.tasks import evaluation_views, make_problems
 from ..data.teachers import STRATA
-from ..data.trajectories import Expert, build_trajectories, read_experts, write_experts
+from ..data.trajectories import Expert, read_experts, write_experts
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..engine.schedule import fitting_rate
@@ -37,6 +38,7 @@ from .experts import Experts
 from .policy import Policy, load_policy, load_scorer, save_policy
 from .rollouts import Rollouts, my_share, open_sandbox
 from .run import Run, launch
+from .synthesize import shares_with_code
 from .training import Training, places
 
 
@@ -51,7 +53,7 @@ def hrm(run: Run) -> Path:
         return Path(settings.folder)
     if not settings.steps:
         raise UserError("hrm.steps is 0, expected some to train the reward model in, or hrm.folder")
-    if not _modes_with_code(run):
+    if not shares_with_code(run.config.data.mode_shares()):
         raise UserError(f"data.modes is {run.config.data.modes!r}, expected some datamind or agentic, which have steps")
     if not (folder / "report.json").exists():
         trained = (folder / "model").exists()
@@ -135,13 +137,10 @@ def expert_sequence(expert: Expert, tokenizer: Tokenizer, kind: Labels) -> StepS
 
 
 def expert_outcomes(expert: Expert) -> list[bool | None]:
-    """Of each step whether its code ran without an error, None where it ran nothing.
-
-    Of a teacher's mistakes only the slips of the stratum self_corrected run; all other code that it shows does.
-    """
+    """Of each step whether its code ran without an error, None where it ran nothing."""
     writers = [*(writer for writer, _ in expert.spans), "model"]
     return [
-        None if writers[index + 1] == "model" else expert.stratum == "self_corrected" or index not in expert.mistakes
+        None if writers[index + 1] == "model" else index not in expert.failed
         for index, writer in enumerate(writers[:-1])
         if writer == "model"
     ]
@@ -154,17 +153,14 @@ def _judged(run: Run) -> list[Expert]:
         names = json.loads((run.folder / "data" / "report.json").read_text())["evaluation_tables"]
         held_out = [table for table in find_tables(data.tables or None)[0] if table.name in names]
         views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-        modes, folder = _modes_with_code(run), file.parent / "tables"
+        modes, folder = shares_with_code(data.mode_shares()), file.parent / "tables"
         problems = make_problems(views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=modes)
         with open_sandbox(run) as sandbox:
-            experts, _ = build_trajectories(problems, sandbox, seed=seed, strata=dict.fromkeys(STRATA, 1.0))
-        write_experts(file, experts)
+            strata = assign_strata(problems, dict.fromkeys(STRATA, 1.0), seed)
+            found = made(scripted_works(problems, strata, sandbox, seed), threads=2 * run.config.sandbox.workers)
+            write_experts(file, (expert for each in found for expert in each.experts))
     run.mesh.barrier()
     return list(read_experts(file))
-
-
-def _modes_with_code(run: Run) -> dict[str, float]:
-    return {mode: share for mode, share in run.config.data.mode_shares().items() if share and GRAMMARS[mode].code}
 
 
 def assess(run: Run, scorer: Policy, experts: Sequence[Expert]) -> dict[str, Any]:

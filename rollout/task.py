@@ -49,12 +49,12 @@ class Task:
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"task {self.id!r} has {name} {value!r}; expected one of {', '.join(known)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "files": list(self.files)}
+    def to_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """The fields as JSON values; files below `folder`, an absolute path, relative to it."""
+        return {**asdict(self), "files": [_relative(file, folder) for file in self.files]}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Task:
+    def from_dict(cls, record: dict[str, Any], folder: Path | None = None) -> Task:
         """The inverse of `to_dict`.
 
         Raises:
@@ -66,12 +66,18 @@ class Task:
             raise UserError(f"task has the unknown field {min(unknown)!r}; expected {', '.join(sorted(known))}")
         if missing:
             raise UserError(f"task lacks the field {min(missing)!r}; expected {', '.join(sorted(known))}")
-        return cls(**{**record, "files": tuple(record["files"])})
+        files = (str(folder / file) if folder else file for file in record["files"])
+        return cls(**{**record, "files": tuple(files)})
+
+
+def _relative(file: str, folder: Path | None) -> str:
+    return str(Path(file).relative_to(folder)) if folder and Path(file).is_relative_to(folder) else file
 
 
 def write_tasks(path: str | Path, tasks: Iterable[Task]) -> None:
-    """Writes one JSON object a line."""
-    lines = [json.dumps(task.to_dict(), ensure_ascii=False) + "\n" for task in tasks]
+    """Writes one JSON object a line; with files in the list's folder or below, the folder can be moved."""
+    folder = Path(path).absolute().parent
+    lines = [json.dumps(task.to_dict(folder), ensure_ascii=False) + "\n" for task in tasks]
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
@@ -80,6 +86,6 @@ def read_tasks(path: str | Path) -> Iterator[Task]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield Task.from_dict(json.loads(line))
+                yield Task.from_dict(json.loads(line), Path(path).absolute().parent)
             except (json.JSONDecodeError, TypeError, KeyError, UserError, AttributeError) as error:
                 raise UserError(f"{path}, line {number} is not a task: {error}") from error

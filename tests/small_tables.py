@@ -1,15 +1,20 @@
-"""Six small random tables and an in-process stand-in for the sandbox, for the tests of `data`."""
+"""Small random tables, an in-process stand-in for the sandbox, what a teacher makes with them: for tests of `data`."""
 
 import contextlib
 import io
 import os
+import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from groupwise.data.production import assign_strata, made, scripted_works
 from groupwise.data.tables import Table
+from groupwise.data.teachers import STRATA
+from groupwise.rollout.sandbox import Execution
+
+FOLDER = threading.RLock()  # the working folder and the standard output are one for all threads
 
 
 def small_tables(count: int = 6) -> list[Table]:
@@ -32,10 +37,8 @@ def small_tables(count: int = 6) -> list[Table]:
     return tables
 
 
-@dataclass(frozen=True)
-class Ran:
-    ok: bool
-    output: str
+def ran(ok: bool, output: str) -> Execution:
+    return Execution(ok, output, "ok" if ok else "error", 0.0)
 
 
 class InProcess:
@@ -48,11 +51,15 @@ class InProcess:
         return InProcessSession(self, files)
 
     def submit(self, code, files=(), history=()):
-        future: Future[Ran] = Future()
+        future: Future[Execution] = Future()
         future.set_result(self.run(code, files, history))
         return future
 
     def run(self, code, files=(), history=()):
+        with FOLDER:
+            return self._run(code, files, history)
+
+    def _run(self, code, files, history):
         self.programs.append(code)
         space: dict[str, object] = {}
         output = io.StringIO()
@@ -65,10 +72,10 @@ class InProcess:
             with contextlib.redirect_stdout(output):
                 exec(code, space)
         except Exception as error:
-            return Ran(False, f"{output.getvalue()}{type(error).__name__}: {error}")
+            return ran(False, f"{output.getvalue()}{type(error).__name__}: {error}")
         finally:
             os.chdir(here)
-        return Ran(True, output.getvalue())
+        return ran(True, output.getvalue())
 
 
 class InProcessSession:
@@ -89,3 +96,10 @@ class InProcessSession:
 
     def close(self):
         self.closed = True
+
+
+def taught(problems, runner, seed, strata=STRATA, threads=2):
+    """What the scripted teacher makes of problems, and the reasons of those that it made nothing of."""
+    works = scripted_works(problems, assign_strata(problems, strata, seed), runner, seed)
+    found = list(made(works, threads))
+    return [expert for each in found for expert in each.experts], [each.reason for each in found if each.reason]

@@ -41,7 +41,6 @@ SMALL = [
     "rollout.kv_memory=0.05",
     "sft.steps=2",
     "sft.sequences_per_step=4",
-    "sft.fresh_names=true",
     "run.checkpoint_every=2",
     "hrm.steps=6",
     "hrm.search_tasks=2",

@@ -188,7 +188,6 @@ def case(vocabulary, hidden, intermediate, layers, tokens, *overrides):
         "optimizer.tokens_per_microbatch": tokens,
     }
     common = [
-        "model.max_position_embeddings=4096",
         "rollout.kv_memory=0.01",
         "rollout.max_trajectory_tokens=64",
         "rollout.concurrency=8",

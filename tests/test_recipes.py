@@ -141,7 +141,7 @@ def test_the_trajectories_of_all_steps_are_on_disk_with_their_rewards(finished: 
 def test_training_and_evaluation_tables_are_disjoint(finished: tuple[Path, str]) -> None:
     data = finished[0] / "data"
     report = json.loads((data / "report.json").read_text())
-    trained = {json.loads(line)["task"]["table"] for line in (data / "experts.jsonl").read_text().splitlines()}
+    trained = {json.loads(line)["task"]["table"] for line in (data / "experts-00000.jsonl").read_text().splitlines()}
     evaluated = {json.loads(line)["table"] for line in (data / "eval.jsonl").read_text().splitlines()}
     assert trained <= set(report["training_tables"])
     assert evaluated <= set(report["evaluation_tables"])

@@ -2,17 +2,17 @@ import re
 from dataclasses import replace
 from random import Random
 
-from small_tables import InProcess, small_tables
+from small_tables import InProcess, small_tables, taught
 
 from groupwise.data.renaming import COLUMN, renamed
 from groupwise.data.tasks import make_problems, training_views
-from groupwise.data.trajectories import Expert, build_trajectories
+from groupwise.data.trajectories import Expert
 
 
 def experts(folder: object) -> list[Expert]:
     views = training_views(small_tables(), 20, seed=1)
     problems = make_problems(views, 60, seed=1, name="sft", folder=str(folder))
-    return build_trajectories(problems, InProcess(), seed=1)[0]
+    return taught(problems, InProcess(), seed=1)[0]
 
 
 def text(expert: Expert) -> str:
