@@ -4,8 +4,10 @@ A form that lists several candidates is wrong: two numbers where one was asked f
 """
 
 import re
+from collections.abc import Sequence
 from string import ascii_uppercase
 
+from ..rollout.sandbox import Execution
 from ..rollout.task import Task
 from ..rollout.trajectory import Trajectory
 from .choice_match import OPTION, same_choice
@@ -68,10 +70,15 @@ def named_result(trajectory: Trajectory) -> str | None:
     answer, task = trajectory.answer, trajectory.task
     if task.answer_type not in TABLES or not answer or not answer.strip() or is_table(answer, task.answer):
         return None
+    return result_named(answer, trajectory.executions)
+
+
+def result_named(answer: str, executions: Sequence[Execution]) -> str | None:
+    """The CSV of the latest query's result that went to the one file which an answer names; None without one."""
     files = set(FILE.findall(answer))
     if len(files) != 1:
         return None
-    for execution in reversed(trajectory.executions):
+    for execution in reversed(executions):
         # The last line of a query's output says how many rows went to which file.
         written = FILE.findall(execution.output.rstrip().rpartition("\n")[2])
         if execution.ok and execution.table is not None and files <= set(written):

@@ -1,34 +1,38 @@
-"""A model behind an OpenAI-compatible endpoint, asked for verdicts by many threads, through outages and rate limits."""
+"""A model behind an OpenAI-compatible endpoint, asked by many threads, through outages and rate limits."""
 
 import json
+import math
 import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 import httpx
 
 from ..engine.errors import UserError
-from .verdict import SYSTEM, parse
+from .reply import Message, NoReply, Reply, Sampling
 
-TRIES = 3  # replies that are no verdict, then there is none
+TRIES = 3  # replies that are of no use, then there is none
 ATTEMPTS = 6  # of a request that fails, over about 12 s, in which a server may restart or a rate limit pass
+LONG_ATTEMPTS = 10  # the same where nobody else waits, over about 3 minutes
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 60.0  # doubled after each failure
 PATIENCE_S = 300.0  # of a call, in which other ranks wait; no request begins later
 CONNECT_S = 10.0
 LOST_AFTER = 3  # questions in a row without a reply; the others of the call are not asked then
 MAX_REPLY_BYTES = 2**20
-MAX_TOKENS = 1024  # a verdict takes 10; a server that counts hidden reasoning needs the rest
+LIKELIEST = Sampling()  # a verdict takes 10 tokens; a server that counts hidden reasoning needs the rest
 TRANSIENT = frozenset({408, 409, 425, 429})  # and 500 to 599
+REFUSALS = frozenset({400, 413, 422})  # of one request: it is too long, or its words are not wanted
 
 
 class Endpoint:
-    """Asks ``MODEL`` at ``URL/chat/completions``, at temperature 0.
+    """Asks ``MODEL`` at ``URL/chat/completions``.
 
     Args:
         model: as the endpoint names it.
@@ -55,98 +59,125 @@ class Endpoint:
         try:
             self._url = httpx.URL(url.rstrip("/") + "/chat/completions")
         except httpx.InvalidURL as error:
-            raise UserError(f"the judge's address {url} is not one ({error}); write http://HOST:PORT/v1") from error
+            raise UserError(f"the model's address {url} is not one ({error}); write http://HOST:PORT/v1") from error
         if not re.fullmatch("[!-~]*", api_key.strip()):
             raise UserError("OPENAI_API_KEY holds a blank or a character that no key has; set it again")
         self.identity = f"{model}@{url.rstrip('/')}"
         self._model, self._key, self._concurrency, self._timeout_s = model, api_key.strip(), concurrency, timeout_s
         self._sleep = sleep
-        self._lock = threading.Lock()
-        self._failures = 0  # questions in a row without a reply
-
-    def verdicts(self, prompts: Sequence[str]) -> list[bool | str]:
-        """The verdict on each prompt, or the reason why there is none."""
-        # Once it was lost, one request tells whether it is back.
-        attempts = 1 if self._failures >= LOST_AFTER else ATTEMPTS
-        self._failures = min(self._failures, LOST_AFTER - 1)
-        headers = {"Accept-Encoding": "identity"}  # what is not compressed cannot be larger than it came
+        headers = {"Content-Type": "application/json"}
+        headers["Accept-Encoding"] = "identity"  # what is not compressed cannot be larger than it came
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        timeout = httpx.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s), pool=None)
-        limits = httpx.Limits(max_connections=self._concurrency)
-        with httpx.Client(headers=headers, timeout=timeout, limits=limits) as client:
-            pool = ThreadPoolExecutor(self._concurrency, "judge")
-            try:
-                call = _Call(client, attempts, time.monotonic() + PATIENCE_S)
-                return list(pool.map(lambda prompt: self._verdict(call, prompt), prompts))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # of those left when the run is interrupted
+        timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None)
+        self._client = httpx.Client(headers=headers, timeout=timeout)
+        weakref.finalize(self, self._client.close)
+        self._places = threading.Semaphore(concurrency)
+        self._lock = threading.Lock()
+        self._failures = 0  # questions of `replies` in a row without a reply
 
-    def _verdict(self, call: "_Call", prompt: str) -> bool | str:
-        if self._failures >= LOST_AFTER:
-            return "it was lost a moment ago"
-        if time.monotonic() > call.deadline:
-            return f"it took more than {PATIENCE_S:g} s for the others"
-        reply = ""
-        try:
-            for _ in range(TRIES):
-                reply = self._patiently(call, prompt)
-                if (verdict := parse(reply)) is not None:
-                    return verdict
-        except _NoReply as error:
-            return str(error)
-        return f"its reply is no verdict: {_one_line(reply)!r}"
+    def reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling = LIKELIEST,
+        seed: int | None = None,
+        *,
+        attempts: int = LONG_ATTEMPTS,
+        deadline: float = math.inf,
+    ) -> Reply:
+        """What the model says; threads may ask at once, and wait for a place.
 
-    def _patiently(self, call: "_Call", prompt: str) -> str:
-        """A reply, by up to so many attempts."""
+        Args:
+            messages: the conversation so far.
+            sampling: how the reply is drawn.
+            seed: of a server that draws by one.
+            attempts: requests that may fail.
+            deadline: on the monotonic clock; no attempt waits beyond it.
+
+        Raises:
+            NoReply: none came.
+        """
+        body: dict[str, object] = {"model": self._model, "messages": list(messages)}
+        body |= {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if seed is not None:
+            body["seed"] = seed
+        content = json.dumps(body).encode()
         attempt = 0
         while True:
             attempt += 1
             try:
-                reply = self._reply(call.client, prompt)
-            except _NoReply as error:
-                if not error.is_transient:
+                with self._places:
+                    return self._request(content)
+            except NoReply as error:
+                wait_s = error.wait_s if error.wait_s is not None else _backoff_s(content, attempt)
+                is_last = attempt >= attempts or time.monotonic() + wait_s > deadline
+                if is_last or not error.is_transient:
                     raise
-                wait_s = error.wait_s if error.wait_s is not None else _backoff_s(prompt, attempt)
-                if attempt >= call.attempts or time.monotonic() + wait_s > call.deadline:
+            self._sleep(wait_s)
+
+    def replies(
+        self, conversations: Sequence[Sequence[Message]], is_usable: Callable[[str], bool]
+    ) -> list[str | NoReply]:
+        """The likeliest reply to each conversation, or why there is none, within PATIENCE_S or little more.
+
+        Args:
+            conversations: what to reply to.
+            is_usable: a reply that is not is asked for again, up to TRIES times in all; the last one counts.
+        """
+        # Once it was lost, one request tells whether it is back.
+        attempts = 1 if self._failures >= LOST_AFTER else ATTEMPTS
+        self._failures = min(self._failures, LOST_AFTER - 1)
+        ask = partial(self._usable_reply, is_usable, attempts, time.monotonic() + PATIENCE_S)
+        pool = ThreadPoolExecutor(self._concurrency, "endpoint")
+        try:
+            return list(pool.map(ask, conversations))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of those left when the run is interrupted
+
+    def _usable_reply(
+        self, is_usable: Callable[[str], bool], attempts: int, deadline: float, messages: Sequence[Message]
+    ) -> str | NoReply:
+        if self._failures >= LOST_AFTER:
+            return NoReply("it was lost a moment ago")
+        if time.monotonic() > deadline:
+            return NoReply(f"it took more than {PATIENCE_S:g} s for the others")
+        text = ""
+        for _ in range(TRIES):
+            try:
+                text = self.reply(messages, attempts=attempts, deadline=deadline).text
+            except NoReply as error:
+                if error.is_transient:
                     with self._lock:
                         self._failures += 1
-                    raise
-                self._sleep(wait_s)
-            else:
-                with self._lock:
-                    self._failures = 0
-                return reply
+                return error
+            with self._lock:
+                self._failures = 0
+            if is_usable(text):
+                break
+        return text
 
-    def _reply(self, client: httpx.Client, prompt: str) -> str:
+    def _request(self, body: bytes) -> Reply:
         """What the model says, by one request."""
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
         begin = time.monotonic()
-        body = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
         try:
-            with client.stream("POST", self._url, json=body) as response:
+            with self._client.stream("POST", self._url, content=body) as response:
                 content = self._read(response, begin)
         except httpx.HTTPError as error:
-            raise _NoReply(f"{type(error).__name__}{f': {error}' if str(error) else ''}") from error
+            raise NoReply(f"{type(error).__name__}{f': {error}' if str(error) else ''}") from error
         status = response.status_code
         if status != 200:
             where = response.headers.get("Location", "")
-            said = f"a redirection to {where}" if where else _one_line(content.decode(errors="replace"))
+            said = f"a redirection to {where}" if where else one_line(content.decode(errors="replace"))
             said = said.replace(self._key, "KEY") if self._key else said
             is_transient = status in TRANSIENT or status >= 500
             wait_s = _retry_after_s(response.headers.get("Retry-After", ""))
-            raise _NoReply(f"status {status}, {said!r}", is_transient, wait_s)
+            raise NoReply(f"status {status}, {said!r}", is_transient, wait_s, is_refusal=status in REFUSALS)
         kind = response.headers.get("Content-Type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
-            raise _NoReply(f"its reply is of type {kind!r}, expected application/json")
-        try:
-            [choice] = json.loads(content)["choices"]
-            reply = choice["message"]["content"]
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise _NoReply("its reply is no chat completion of one choice") from error
-        if not isinstance(reply, str):
-            raise _NoReply("its reply has no text")
-        return reply
+            raise NoReply(f"its reply is of type {kind!r}, expected application/json")
+        return _reply_of(content)
 
     def _read(self, response: httpx.Response, begin: float) -> bytes:
         """The body, of bounded size in bounded time."""
@@ -154,32 +185,34 @@ class Endpoint:
         for part in response.iter_raw():
             content += part
             if len(content) > MAX_REPLY_BYTES:
-                raise _NoReply(f"its reply has more than {MAX_REPLY_BYTES} bytes")
+                raise NoReply(f"its reply has more than {MAX_REPLY_BYTES} bytes")
             if time.monotonic() - begin > self._timeout_s:
-                raise _NoReply(f"its reply took more than {self._timeout_s:g} s")
+                raise NoReply(f"its reply took more than {self._timeout_s:g} s")
         return content
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What the questions of one call share: connections, attempts of a request, and when the last may begin."""
+def _reply_of(content: bytes) -> Reply:
+    """The reply in a chat completion of one choice."""
+    try:
+        completion = json.loads(content)
+        [choice] = completion["choices"]
+        text = choice["message"]["content"]
+        is_cut = choice.get("finish_reason") == "length"
+        usage = completion.get("usage") or {}
+        counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise NoReply("its reply is no chat completion of one choice") from error
+    if not isinstance(text, str):
+        raise NoReply("its reply has no text", is_refusal=True)
+    prompt_tokens, completion_tokens = (count if type(count) is int and count > 0 else 0 for count in counts)
+    # What JSON can hold and UTF-8 cannot, half a character, could be kept nowhere.
+    return Reply(text.encode(errors="replace").decode(), is_cut, prompt_tokens, completion_tokens)
 
-    client: httpx.Client
-    attempts: int
-    deadline: float
 
-
-class _NoReply(Exception):
-    """Why a request had no reply, whether another attempt may have one, and what the server says when."""
-
-    def __init__(self, reason: str, is_transient: bool = True, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.is_transient, self.wait_s = is_transient, wait_s
-
-
-def _backoff_s(prompt: str, attempt: int) -> float:
-    """Exponential, less up to a half by the prompt, so that requests that failed together come again apart."""
-    return min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * (1 - random.Random(f"{attempt}{prompt}").random() / 2)
+def _backoff_s(body: bytes, attempt: int) -> float:
+    """Exponential, less up to a half by what is asked, so that requests that failed together come again apart."""
+    shift = random.Random(b"%d%b" % (attempt, body)).random()
+    return min(FIRST_WAIT_S * 2 ** (attempt - 1), MAX_WAIT_S) * (1 - shift / 2)
 
 
 def _retry_after_s(header: str) -> float | None:
@@ -193,5 +226,6 @@ def _retry_after_s(header: str) -> float | None:
     return min(max(left.total_seconds(), 0.0), MAX_WAIT_S)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The head of a text, for a message."""
     return " ".join(text.split())[:200]

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +20,10 @@ from typing import Protocol
 import torch
 
 from ..engine.errors import UserError
-from ..engine.hf import load_hf
-from ..engine.tokenizer import Tokenizer
-from ..rollout.cache import KVCache
-from ..rollout.draw import SamplingParams
-from ..rollout.sampler import Sampler
-from .endpoint import Endpoint
+from .endpoint import Endpoint, one_line
+from .kept import Kept
+from .local import LocalModel
+from .reply import Message, NoReply
 from .verdict import SYSTEM, Question, parse, render
 
 TRIVIAL = (
@@ -33,20 +31,19 @@ TRIVIAL = (
     (Question("What is the sum of two and two?", "four", "seven"), False),
 )
 REPLY_TOKENS = 32  # of a local model: a verdict takes 10
-PROMPT_TOKENS = 8192  # of a local model, at most
-BLOCK_SIZE = 16
-ENTRY = re.compile(r'\{"key": "([0-9a-f]{64})", "verdict": (true|false)\}')
 
 logger = logging.getLogger(__name__)
 
 
 class Asked(Protocol):
-    """A model that gives verdicts: its name in the cache, and what it says, or why it says nothing, on each prompt."""
+    """A model that replies: its name in the cache, and what it says, or why it says nothing, see `Endpoint.replies`."""
 
     @property
     def identity(self) -> str: ...
 
-    def verdicts(self, prompts: Sequence[str]) -> list[bool | str]: ...
+    def replies(
+        self, conversations: Sequence[Sequence[Message]], is_usable: Callable[[str], bool]
+    ) -> list[str | NoReply]: ...
 
 
 class Judge:
@@ -70,7 +67,7 @@ class Judge:
         Raises:
             UserError: there is no verdict, or a wrong one.
         """
-        found = self._model.verdicts([render(question) for question, _ in TRIVIAL])
+        found = self._ask([render(question) for question, _ in TRIVIAL])
         for verdict, (question, truth) in zip(found, TRIVIAL, strict=True):
             if isinstance(verdict, str):
                 raise UserError(f"the judge {self._spec} gives no verdict ({verdict}); mend it or name another one")
@@ -93,7 +90,7 @@ class Judge:
         keys = [sha256(f"{self._model.identity}\n{SYSTEM}\n{prompt}".encode()).hexdigest() for prompt in prompts]
         self._cache.refresh()
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if self._cache.get(key) is None}
-        said = dict(zip(new, self._model.verdicts(list(new.values())) if new else [], strict=True))
+        said = dict(zip(new, self._ask(list(new.values())) if new else [], strict=True))
         given = {key: verdict for key, verdict in said.items() if isinstance(verdict, bool)}
         self._cache.add(given)
         found = [self._cache.get(key) for key in keys]
@@ -114,6 +111,20 @@ class Judge:
         self._seconds += time.perf_counter() - begin
         return found
 
+    def _ask(self, prompts: Sequence[str]) -> list[bool | str]:
+        """The model's verdict on each prompt, or the reason why there is none."""
+        conversations: list[list[Message]] = [
+            [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}] for prompt in prompts
+        ]
+        found: list[bool | str] = []
+        for reply in self._model.replies(conversations, lambda text: parse(text) is not None):
+            if isinstance(reply, NoReply):
+                found.append(str(reply))
+            else:
+                verdict = parse(reply)
+                found.append(f"its reply is no verdict: {one_line(reply)!r}" if verdict is None else verdict)
+        return found
+
     def metrics(self) -> dict[str, float]:
         """Since the last call: answers that the model judged, those known from before or from a double, those without
         a verdict, and seconds."""
@@ -123,8 +134,8 @@ class Judge:
         return metrics
 
 
-class VerdictCache:
-    """Verdicts by key on disk, one a line, appended whole: processes may share the file, and a torn line says nothing.
+class VerdictCache(Kept[bool]):
+    """The judge's verdicts on disk, see `Kept`.
 
     Args:
         file: made if absent, with its folder.
@@ -134,93 +145,9 @@ class VerdictCache:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._verdicts: dict[str, bool] = {}
-        self._read = 0  # bytes
-        self.refresh()
-
-    def get(self, key: str) -> bool | None:
-        """None where there is no verdict."""
-        return self._verdicts.get(key)
-
-    def refresh(self) -> None:
-        """Reads what other processes added."""
-        try:
-            with open(self._file, "rb") as file:
-                file.seek(self._read)
-                content = file.read()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise self._unusable(error) from error
-        whole = content[: content.rfind(b"\n") + 1]  # another process may be writing the rest
-        self._read += len(whole)
-        for match in map(ENTRY.fullmatch, whole.decode(errors="replace").split("\n")):
-            if match is not None:
-                self._verdicts[match[1]] = match[2] == "true"
-
-    def add(self, verdicts: dict[str, bool]) -> None:
-        """Keeps verdicts, here and on disk."""
-        self._verdicts |= verdicts
-        lines = [f'{{"key": "{key}", "verdict": {str(verdict).lower()}}}\n' for key, verdict in verdicts.items()]
-        if not lines:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._file, "ab", buffering=0) as file:
-                file.write(("\n" + "".join(lines)).encode())  # the first break ends a line that a crash tore
-        except OSError as error:
-            raise self._unusable(error) from error
-
-    def _unusable(self, error: OSError) -> UserError:
-        return UserError(
-            f"the judge's verdicts cannot be kept in {self._file}: {error.strerror}; free space or mend its permissions"
+        super().__init__(
+            file, "the judge's verdicts", "verdict", bool, lambda value: value if isinstance(value, bool) else None
         )
-
-
-class LocalModel:
-    """A Hugging Face folder whose likeliest reply is the verdict.
-
-    Args:
-        folder: of an instruct model with ChatML prompts.
-        device: where it computes; in bfloat16 on CUDA, else in float32.
-        concurrency: prompts at once.
-
-    Raises:
-        UserError: the folder does not hold a model with its tokenizer.
-    """
-
-    def __init__(self, folder: Path, device: torch.device, concurrency: int) -> None:
-        self._tokenizer = Tokenizer.from_folder(folder)
-        model = load_hf(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        self._tokenizer.check_fits(model.config)
-        self._prompt_tokens = max(1, min(PROMPT_TOKENS, model.config.max_position_embeddings - REPLY_TOKENS))
-        blocks = concurrency * (-(-(self._prompt_tokens + REPLY_TOKENS) // BLOCK_SIZE) + 1)
-        memory = blocks * KVCache.block_bytes(model.config, BLOCK_SIZE, model.output_weight.dtype)
-        self._sampler = Sampler(
-            model, self._tokenizer, kv_memory=memory / 2**30, block_size=BLOCK_SIZE, concurrency=concurrency
-        )
-        files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
-        states = [(name, state.st_size, state.st_mtime_ns) for name, state in files]
-        self.identity = f"{folder.resolve()} {states}"  # another model in the same place is another judge
-
-    def verdicts(self, prompts: Sequence[str]) -> list[bool | str]:
-        """The verdict on each prompt, or the reason why there is none."""
-        ids = [self._tokenizer.encode(self._tokenizer.chat_prompt(SYSTEM, prompt)) for prompt in prompts]
-        short = [prompt for prompt in ids if len(prompt) <= self._prompt_tokens]
-        params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS)
-        replies = iter(self._sampler.generate(short, params))
-        self._sampler.flush()  # a policy in training has use for the cache's memory
-        found: list[bool | str] = []
-        for prompt in ids:
-            if len(prompt) > self._prompt_tokens:
-                found.append(f"the prompt has {len(prompt)} tokens, and the model reads {self._prompt_tokens}")
-                continue
-            reply = next(replies)
-            text = self._tokenizer.decode([token for token in reply.token_ids if token != self._tokenizer.eos_id])
-            verdict = None if reply.error else parse(text)
-            found.append(reply.error or f"its reply is no verdict: {text!r}" if verdict is None else verdict)
-        return found
 
 
 def open_judge(
@@ -251,4 +178,4 @@ def open_judge(
         return Judge(endpoint, cache, spec)
     if not Path(spec).is_dir():
         raise UserError(f"the judge {spec!r} is neither MODEL@http://HOST:PORT/v1 nor a folder; name one of the two")
-    return Judge(LocalModel(Path(spec), device or torch.device("cpu"), concurrency), cache, spec)
+    return Judge(LocalModel(Path(spec), device or torch.device("cpu"), concurrency, REPLY_TOKENS), cache, spec)
