@@ -52,8 +52,8 @@ def play(script: Script, task: Task, sandbox: Executes) -> Attempt:
     return Attempt(tuple(turns), tuple(executions))
 
 
-def _cut(output: str, limit: int = MAX_OBSERVATION_CHARS) -> str:
-    if len(output) <= limit:
+def _cut(output: str) -> str:
+    if len(output) <= MAX_OBSERVATION_CHARS:
         return output
-    half = limit // 2
+    half = MAX_OBSERVATION_CHARS // 2
     return f"{output[:half]}\n... {len(output) - 2 * half} characters left out ...\n{output[-half:]}"

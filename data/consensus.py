@@ -22,8 +22,9 @@ from ..rewards.value_match import normalise, parse_number, parse_numbers
 from ..rewards.verdict import quote
 from ..rollout.agent import Executes
 from ..rollout.task import Task
+from .attempts import Attempt, play
 from .chat import Chat, Refused, enclose, enclosed
-from .modelled import Attempt, modelled, play
+from .modelled import modelled
 from .teachers import Abandoned
 
 NUM_ATTEMPTS = 3

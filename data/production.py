@@ -22,7 +22,7 @@ from random import Random
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
-from ..rewards.answer import answer_correct
+from ..rewards.answer import is_right
 from ..rollout.agent import Executes
 from .attempts import play
 from .filters import Filters
@@ -211,7 +211,7 @@ def scripted_works(problems: Sequence[Problem], strata: Sequence[str], sandbox: 
 def _scripted(problem: Problem, stratum: str, sandbox: Executes, seed: int) -> list[Expert]:
     task, question = problem.task, problem.question
     attempt = play(scripted(problem, stratum, Random(f"{seed}:{task.id}:teacher")), task, sandbox)
-    if answer_correct(attempt.answer, task) != (stratum != "failure"):
+    if is_right(attempt.answer, attempt.executions, task) != (stratum != "failure"):
         raise Abandoned("failure with a right answer" if stratum == "failure" else "answer is not the known one")
     return [Expert.of(task, attempt, stratum, question.operation, question.wording)]
 

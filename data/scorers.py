@@ -145,7 +145,7 @@ def _rouge_l(trajectory: Trajectory) -> Score:
 def _execution_match(trajectory: Trajectory) -> Score:
     """BIRD compares sets of rows (arXiv 2305.03111): neither order nor repetition counts."""
     met = trajectory_correct(trajectory)
-    if not met and (result := named_result(trajectory)) is not None:
+    if not met and (result := named_result(trajectory.answer, trajectory.executions, trajectory.task)) is not None:
         met = same_result(_distinct(result), _distinct(trajectory.task.answer), ordered=False)
     return Score(met, {"execution_accuracy": (float(met), 1.0)})
 

@@ -53,24 +53,27 @@ def answer_correct(prediction: str | None, task: Task) -> bool:
 
 
 def trajectory_correct(trajectory: Trajectory) -> bool:
-    """Whether the answer with which a trajectory ended is right, see ``answer_correct``.
+    """Whether the answer with which a trajectory ended is right, see ``is_right``."""
+    return is_right(trajectory.answer, trajectory.executions, trajectory.task)
 
-    Where a table was asked for, the answer may instead name the CSV file to which one of its queries wrote the result.
+
+def is_right(answer: str | None, executions: Sequence[Execution], task: Task) -> bool:
+    """Whether an answer is right, see ``answer_correct``, where code ran before it.
+
+    Where a table was asked for, the answer may instead name the CSV file to which one of the queries wrote the result.
     An answer that is a table itself stands alone.
     """
-    answer, task = trajectory.answer, trajectory.task
     if answer_correct(answer, task):
         return True
-    result = named_result(trajectory)
+    result = named_result(answer, executions, task)
     return result is not None and same_result(result, task.answer, ordered=task.answer_type == "ordered_table")
 
 
-def named_result(trajectory: Trajectory) -> str | None:
-    """The CSV of the query's result that a trajectory's answer stands for, None where it stands for itself."""
-    answer, task = trajectory.answer, trajectory.task
+def named_result(answer: str | None, executions: Sequence[Execution], task: Task) -> str | None:
+    """The CSV of the query's result that an answer stands for, None where it stands for itself."""
     if task.answer_type not in TABLES or not answer or not answer.strip() or is_table(answer, task.answer):
         return None
-    return result_named(answer, trajectory.executions)
+    return result_named(answer, executions)
 
 
 def result_named(answer: str, executions: Sequence[Execution]) -> str | None:

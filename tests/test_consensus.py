@@ -8,6 +8,7 @@ import pytest
 from endpoints import Said, Server, serving
 from test_modelled import READ, task_of, turns_of
 
+from groupwise.data.attempts import Attempt
 from groupwise.data.chat import Chat, open_chat
 from groupwise.data.consensus import (
     REFINE_SYSTEM,
@@ -23,7 +24,6 @@ from groupwise.data.consensus import (
     reach_consensus,
 )
 from groupwise.data.executions import KeptSandbox
-from groupwise.data.modelled import Attempt
 from groupwise.data.teachers import Turn
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Execution, Sandbox

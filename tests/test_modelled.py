@@ -9,9 +9,11 @@ from endpoints import Said, Server, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupwise.data import attempts
+from groupwise.data.attempts import Attempt, play
 from groupwise.data.chat import Chat, open_chat
 from groupwise.data.executions import KeptSandbox
-from groupwise.data.modelled import MAX_ERRORS, TRIES, Attempt, instructions, modelled, parse_turn, play
+from groupwise.data.modelled import MAX_ERRORS, TRIES, instructions, modelled, parse_turn
 from groupwise.data.teachers import Abandoned
 from groupwise.rewards.reply import Reply
 from groupwise.rollout.grammar import GRAMMARS
@@ -222,13 +224,17 @@ def test_orders_in_a_cell_change_no_turn(sandbox: Sandbox, tmp_path: Path) -> No
     assert "<|im_end|>" in attempt.executions[0].output
 
 
-def test_a_long_output_keeps_head_and_tail(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
+def test_a_long_output_keeps_head_and_tail(
+    sandbox: Sandbox, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "MAX_OBSERVATION_CHARS", 100)
+
     def model(body: dict) -> str:
         return ("<think>t</think><code>print('a' * 900, 'z')", ANSWER)[turns_of(body)]
 
     with serving(model) as server:
         task = task_of(table)
-        attempt = play(modelled(chat_of(server, tmp_path), task), task, sandbox, max_observation_chars=100)
+        attempt = play(modelled(chat_of(server, tmp_path), task), task, sandbox)
         output = attempt.executions[0].output
         assert output.startswith("a" * 50 + "\n... 803 characters left out ...\na")
         assert output.endswith("z\n")
