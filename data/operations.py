@@ -1,39 +1,18 @@
-"""What can be asked of a table: one row of OPERATIONS is one thing, its wordings, its program, its answer."""
+"""The basic set of what can be asked of a table: one row is one thing, its wordings, its program, its answer.
+
+What is asked in short form is these alone; `column_operations`, `relation_operations` and `group_operations` have more.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import pandas as pd
 
+from . import group_slots as bind_group
 from . import slots as bind
+from .arithmetic import best_group, column, finite, mean, paired, row_of, rows_of
 from .questions import Operation
-from .slots import Slots, finite, paired
-
-
-def _col(frame: pd.DataFrame, name: str) -> np.ndarray:
-    return frame[name].to_numpy(dtype=float)
-
-
-def _where(frame: pd.DataFrame, slots: Slots, key: str = "value") -> np.ndarray:
-    return np.array([item == slots[key] for item in frame[slots["g"]]], dtype=bool)
-
-
-def _row(frame: pd.DataFrame, slots: Slots, key: str) -> int:
-    return int(np.flatnonzero(_col(frame, slots["t"]) == slots[key])[0])
-
-
-def _mean(frame: pd.DataFrame, name: str, rows: np.ndarray | None = None) -> float:
-    values = _col(frame, name) if rows is None else _col(frame, name)[rows]
-    values = values[~np.isnan(values)]
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def _best_group(frame: pd.DataFrame, slots: Slots, sign: int) -> str:
-    means = {level: _mean(frame, slots["a"], frame[slots["g"]].to_numpy() == level) for level in slots["levels"]}
-    return str(max(means, key=lambda level: sign * means[level]))
-
 
 OPERATIONS: tuple[Operation, ...] = (
     # ---- aggregation
@@ -104,10 +83,10 @@ OPERATIONS: tuple[Operation, ...] = (
         ("number of rows above", '(df["{a}"] > {v}).sum()'),
     ),
     Operation(
-        "count_group", "counting", "count", bind.group,
+        "count_group", "counting", "count", bind_group.group,
         ('How many rows have "{g}" equal to {v}?', 'In how many rows is "{g}" {v}?'),
         'Count rows with "{g}" == {v}.', '(df["{g}"] == {v}).sum()',
-        lambda f, s: int(_where(f, s).sum()),
+        lambda f, s: int(rows_of(f, s["g"], s["value"]).sum()),
         ("number of other rows", '(df["{g}"] != {v}).sum()'),
     ),
     # ---- data preprocessing
@@ -137,7 +116,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "share_above", "distribution", "number", bind.threshold,
         ('What percentage of rows have "{a}" above {v}?', 'In what percent of rows is "{a}" greater than {v}?'),
         'Percentage of rows with "{a}" > {v}.', '(df["{a}"] > {v}).mean() * 100',
-        lambda f, s: 100.0 * int((_col(f, s["a"]) > s["value"]).sum()) / len(f),
+        lambda f, s: 100.0 * int((column(f, s["a"]) > s["value"]).sum()) / len(f),
         ("number of rows", '(df["{a}"] > {v}).sum()'),
     ),
     # ---- ranking
@@ -149,17 +128,17 @@ OPERATIONS: tuple[Operation, ...] = (
         ("largest", 'df["{a}"].max()'),
     ),
     Operation(
-        "top_label", "ranking", "choice", bind.label,
+        "top_label", "ranking", "choice", bind_group.label,
         ('Which "{l}" has the highest "{a}"?', 'For which "{l}" is "{a}" largest?'),
         'Find "{l}" at the maximum of "{a}".', 'df.loc[df["{a}"].idxmax(), "{l}"]',
-        lambda f, s: str(f[s["l"]].to_numpy()[int(np.nanargmax(_col(f, s["a"])))]),
+        lambda f, s: str(f[s["l"]].to_numpy()[int(np.nanargmax(column(f, s["a"])))]),
         ("lowest", 'df.loc[df["{a}"].idxmin(), "{l}"]'),
     ),
     Operation(
-        "bottom_label", "ranking", "choice", bind.label,
+        "bottom_label", "ranking", "choice", bind_group.label,
         ('Which "{l}" has the lowest "{a}"?', 'For which "{l}" is "{a}" smallest?'),
         'Find "{l}" at the minimum of "{a}".', 'df.loc[df["{a}"].idxmin(), "{l}"]',
-        lambda f, s: str(f[s["l"]].to_numpy()[int(np.nanargmin(_col(f, s["a"])))]),
+        lambda f, s: str(f[s["l"]].to_numpy()[int(np.nanargmin(column(f, s["a"])))]),
         ("highest", 'df.loc[df["{a}"].idxmax(), "{l}"]'),
     ),
     # ---- comparison
@@ -167,21 +146,21 @@ OPERATIONS: tuple[Operation, ...] = (
         "larger_mean", "comparison", "choice", bind.two_apart,
         ('Which has the larger mean, "{a}" or "{b}"?', 'Which is higher on average, "{a}" or "{b}"?'),
         'Compare the means of "{a}" and "{b}".', 'df[["{a}", "{b}"]].mean().idxmax()',
-        lambda f, s: str(max((s["a"], s["b"]), key=lambda name: _mean(f, name))),
+        lambda f, s: str(max((s["a"], s["b"]), key=lambda name: mean(f, name))),
         ("smaller", 'df[["{a}", "{b}"]].mean().idxmin()'),
     ),
     Operation(
-        "top_group", "comparison", "choice", bind.groups_apart,
+        "top_group", "comparison", "choice", bind_group.groups_apart,
         ('Which "{g}" has the highest mean "{a}"?', 'For which "{g}" is the average "{a}" largest?'),
         'Group by "{g}", highest mean of "{a}".', 'df.groupby("{g}")["{a}"].mean().idxmax()',
-        lambda f, s: _best_group(f, s, 1),
+        lambda f, s: best_group(f, s["a"], s["g"], s["levels"], 1),
         ("lowest", 'df.groupby("{g}")["{a}"].mean().idxmin()'),
     ),
     Operation(
-        "bottom_group", "comparison", "choice", bind.groups_apart,
+        "bottom_group", "comparison", "choice", bind_group.groups_apart,
         ('Which "{g}" has the lowest mean "{a}"?', 'For which "{g}" is the average "{a}" smallest?'),
         'Group by "{g}", lowest mean of "{a}".', 'df.groupby("{g}")["{a}"].mean().idxmin()',
-        lambda f, s: _best_group(f, s, -1),
+        lambda f, s: best_group(f, s["a"], s["g"], s["levels"], -1),
         ("highest", 'df.groupby("{g}")["{a}"].mean().idxmax()'),
     ),
     # ---- fact checking
@@ -189,14 +168,14 @@ OPERATIONS: tuple[Operation, ...] = (
         "mean_exceeds", "fact checking", "check", bind.near_mean,
         ('Is the mean of "{a}" above {v}?', 'Is it true that the average "{a}" is above {v}?'),
         'Compare the mean of "{a}" with {v}.', 'df["{a}"].mean() > {v}',
-        lambda f, s: _mean(f, s["a"]) > s["value"],
+        lambda f, s: mean(f, s["a"]) > s["value"],
         ("wrong way round", 'df["{a}"].mean() < {v}'),
     ),
     Operation(
         "mean_order", "fact checking", "check", bind.two_apart,
         ('Is the mean of "{a}" larger than the mean of "{b}"?', 'Is "{a}" on average larger than "{b}"?'),
         'Mean of "{a}" > mean of "{b}"?', 'df["{a}"].mean() > df["{b}"].mean()',
-        lambda f, s: _mean(f, s["a"]) > _mean(f, s["b"]),
+        lambda f, s: mean(f, s["a"]) > mean(f, s["b"]),
         ("wrong way round", 'df["{a}"].mean() < df["{b}"].mean()'),
     ),
     # ---- correlation
@@ -244,21 +223,21 @@ OPERATIONS: tuple[Operation, ...] = (
             'What is the average "{a}" where "{b}" is greater than {v}?',
         ),
         'Mean of "{a}" where "{b}" > {v}.', 'df[df["{b}"] > {v}]["{a}"].mean()',
-        lambda f, s: _mean(f, s["a"], _col(f, s["b"]) > s["value"]),
+        lambda f, s: mean(f, s["a"], column(f, s["b"]) > s["value"]),
         ("mean of all rows", 'df["{a}"].mean()'),
     ),
     Operation(
-        "mean_group", "multi-hop numerical", "number", bind.group_number,
+        "mean_group", "multi-hop numerical", "number", bind_group.group_number,
         ('What is the mean of "{a}" in rows where "{g}" is {v}?', 'What is the average "{a}" for "{g}" {v}?'),
         'Mean of "{a}" where "{g}" == {v}.', 'df[df["{g}"] == {v}]["{a}"].mean()',
-        lambda f, s: _mean(f, s["a"], _where(f, s)),
+        lambda f, s: mean(f, s["a"], rows_of(f, s["g"], s["value"])),
         ("mean of all rows", 'df["{a}"].mean()'),
     ),
     Operation(
         "at_largest", "multi-hop numerical", "number", bind.two_peak,
         ('What is "{a}" in the row with the largest "{b}"?', 'What is "{a}" where "{b}" is highest?'),
         'Find "{a}" at the maximum of "{b}".', 'df.loc[df["{b}"].idxmax(), "{a}"]',
-        lambda f, s: float(_col(f, s["a"])[int(np.nanargmax(_col(f, s["b"])))]),
+        lambda f, s: float(column(f, s["a"])[int(np.nanargmax(column(f, s["b"])))]),
         ("largest", 'df["{a}"].max()'),
     ),
     # ---- arithmetic
@@ -269,7 +248,7 @@ OPERATIONS: tuple[Operation, ...] = (
             'How much larger is the average "{a}" than the average "{b}"?',
         ),
         'Mean of "{a}" minus mean of "{b}".', 'df["{a}"].mean() - df["{b}"].mean()',
-        lambda f, s: _mean(f, s["a"]) - _mean(f, s["b"]),
+        lambda f, s: mean(f, s["a"]) - mean(f, s["b"]),
         ("sum of the means", 'df["{a}"].mean() + df["{b}"].mean()'),
     ),
     Operation(
@@ -305,17 +284,17 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     # ---- time-based calculation
     Operation(
-        "in_year", "time-based calculation", "number", bind.moment,
+        "in_year", "time-based calculation", "number", bind_group.moment,
         ('What was "{a}" in "{t}" {v}?', 'Give "{a}" for "{t}" {v}.'),
         'Find "{a}" where "{t}" == {v}.', 'df[df["{t}"] == {v}]["{a}"].iloc[0]',
-        lambda f, s: float(_col(f, s["a"])[_row(f, s, "value")]),
+        lambda f, s: float(column(f, s["a"])[row_of(f, s["t"], s["value"])]),
         ("first value", 'df["{a}"].iloc[0]'),
     ),
     Operation(
-        "mean_since", "time-based calculation", "number", bind.moment,
+        "mean_since", "time-based calculation", "number", bind_group.moment,
         ('What was the mean of "{a}" after "{t}" {v}?', 'Give the average "{a}" after "{t}" {v}.'),
         'Mean of "{a}" where "{t}" > {v}.', 'df[df["{t}"] > {v}]["{a}"].mean()',
-        lambda f, s: _mean(f, s["a"], _col(f, s["t"]) > s["value"]),
+        lambda f, s: mean(f, s["a"], column(f, s["t"]) > s["value"]),
         ("mean of all rows", 'df["{a}"].mean()'),
     ),
 )  # fmt: skip

@@ -9,9 +9,10 @@ from random import Random
 
 from ..engine.errors import UserError
 from ..rollout.task import Task
+from .composition import Composition
 from .questions import Operation, Question
 from .tables import Table
-from .taxonomy import TASK_TYPES
+from .taxonomy import Detail, TaskType, task_types
 from .views import View, evaluation_view, training_view
 
 MODE_SHARES: Mapping[str, float] = {"datamind": 0.8, "agentic": 0.1, "reflection": 0.1}
@@ -81,7 +82,8 @@ def make_problems(
     name: str,
     folder: str | Path,
     modes: Mapping[str, float] = MODE_SHARES,
-    types: Collection[str] = tuple(TASK_TYPES),
+    types: Collection[str] | None = None,
+    detail: Detail = "short",
 ) -> list[Problem]:
     """`count` different problems about `views`, as evenly over the task types as the views allow.
 
@@ -92,22 +94,26 @@ def make_problems(
         name: beginning of the task ids and of the files' folder.
         folder: where the files go, as `folder/name/NUMBER/FILE`.
         modes: shares of the modes "datamind", "agentic", "reflection".
-        types: names of the task types to ask for.
+        types: names of the task types to ask for; None for all.
+        detail: "short" asks with the basic set of operations alone and takes two wordings for two questions; "full"
+            with all, composed questions too, and asks nothing twice of a view in other words.
 
     Raises:
         UserError: an unknown type, or views that allow no further question.
     """
-    if unknown := set(types) - set(TASK_TYPES):
-        raise UserError(f"unknown task type {min(unknown)!r}; expected some of {', '.join(TASK_TYPES)}.")
+    known = task_types(detail)
+    if unknown := set(types or ()) - set(known):
+        raise UserError(f"unknown task type {min(unknown)!r}; expected some of {', '.join(known)}.")
+    chosen = [known[name] for name in (known if types is None else types)]
     rng = Random(f"{seed}:{name}:problems")
     order = [mode for mode, share in shares_to_counts(modes, count).items() for _ in range(share)]
     rng.shuffle(order)
     written: dict[int, str] = {}
-    asked: set[tuple[int, str]] = set()
+    asked: set[tuple[int, str, str]] = set()
     problems: list[Problem] = []
-    decks = {mode: _Deck(types, mode == "reflection", rng) for mode in sorted(set(order))}
+    decks = {mode: _Deck(chosen, mode == "reflection", rng) for mode in sorted(set(order))}
     for index, mode in enumerate(order):
-        number, question = _draw(views, decks[mode], asked, rng)
+        number, question = _draw(views, decks[mode], asked, rng, detail)
         view = views[number]
         if number not in written:
             written[number] = str(view.write(Path(folder) / name / str(number)))
@@ -129,18 +135,18 @@ def make_problems(
 class _Deck:
     """Task types like cards: each comes up once before any comes up again; in a type, each operation likewise."""
 
-    def __init__(self, types: Collection[str], reflections: bool, rng: Random) -> None:
+    def __init__(self, types: Sequence[TaskType], reflections: bool, rng: Random) -> None:
         self.rng = rng
-        self.operations: dict[str, tuple[Operation, ...]] = {}
-        for name in types:
-            if found := TASK_TYPES[name].reflections if reflections else TASK_TYPES[name].operations:
-                self.operations[name] = found
+        self.operations: dict[str, tuple[Operation | Composition, ...]] = {}
+        for kind in types:
+            if found := kind.reflections if reflections else kind.operations:
+                self.operations[kind.name] = found
         if not self.operations:
             raise UserError("none of the chosen task types has a question for the reflection mode; give it share 0.")
         self.types: list[str] = []
-        self.cards: dict[str, list[Operation]] = {name: [] for name in self.operations}
+        self.cards: dict[str, list[Operation | Composition]] = {name: [] for name in self.operations}
 
-    def next(self) -> Operation:
+    def next(self) -> Operation | Composition:
         if not self.types:
             self.types = list(self.operations)
             self.rng.shuffle(self.types)
@@ -151,14 +157,21 @@ class _Deck:
         return cards.pop()
 
 
-def _draw(views: Sequence[View], deck: _Deck, asked: set[tuple[int, str]], rng: Random) -> tuple[int, Question]:
+def _draw(
+    views: Sequence[View], deck: _Deck, asked: set[tuple[int, str, str]], rng: Random, detail: Detail
+) -> tuple[int, Question]:
     """The number of a view and a question about it that was not asked before."""
     for _ in range(len(deck.operations) * 4):
         operation = deck.next()
         for _ in range(ATTEMPTS):
             number = rng.randrange(len(views))
             question = operation.ask(views[number], rng)
-            if question is not None and (number, question.text) not in asked:
-                asked.add((number, question.text))
+            if question is None:
+                continue
+            key = (number, "", question.text)
+            if detail == "full" and question.asked:
+                key = (number, question.operation, question.asked)
+            if key not in asked:
+                asked.add(key)
                 return number, question
     raise UserError(f"{len(views)} views allow only {len(asked)} different questions; use more views or ask for fewer.")

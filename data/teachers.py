@@ -8,52 +8,19 @@ cannot recover from one.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
-from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
 
+from .demonstrations import demonstrate
+from .mistakes import METHODS, misspell
+from .script import Abandoned, Outcome, Script, Turn
+from .sql_scripts import demonstrate_sql
 from .tasks import Problem
+from .taxonomy import Detail
 
+__all__ = ["STRATA", "Abandoned", "Outcome", "Script", "Turn", "scripted"]
 # Shares of the strata in Datarus-R1, arXiv 2508.13382.
 STRATA = {"success": 0.40, "corrected": 0.35, "self_corrected": 0.15, "failure": 0.10}
 READ_RESULT = "The output is the answer."
-METHODS = {
-    "mean": "average", "sum": "total", "max": "maximum", "min": "minimum", "median": "middle", "std": "deviation",
-    "isna": "missing", "nunique": "distinct", "quantile": "percentile", "nlargest": "largest", "corr": "correlation",
-    "cov": "covariance", "idxmax": "argtop", "idxmin": "argbottom", "iloc": "row", "loc": "row", "groupby": "group",
-}  # fmt: skip
-
-
-class Outcome(Protocol):
-    """The part of a sandbox's Execution that teachers read."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the code ended without an error."""
-        ...
-
-    @property
-    def output(self) -> str:
-        """What the code printed, its error message included."""
-        ...
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a teacher; `mistake` marks one that is wrong on purpose, which a student need not imitate."""
-
-    kind: Literal["code", "answer"]
-    thought: str
-    content: str
-    mistake: bool = False
-
-
-class Abandoned(Exception):
-    """The execution did not go as the script needs; the trajectory is dropped for the reason given as the message."""
-
-
-Script = Generator[Turn, Outcome, None]
 
 
 def program(problem: Problem, line: str | None = None) -> str:
@@ -61,18 +28,25 @@ def program(problem: Problem, line: str | None = None) -> str:
     return f'import pandas as pd\ndf = pd.read_csv("{problem.view.file}")\n{line or problem.question.code}'
 
 
-def scripted(problem: Problem, stratum: str, rng: Random) -> Script:
+def scripted(problem: Problem, stratum: str, rng: Random, detail: Detail = "short") -> Script:
     """The turns of one trajectory.
 
     Args:
         problem: the problem, with its program.
         stratum: "success"; "corrected": an error, then the right code; "self_corrected": code that runs but answers
             something else, then the right code; "failure": errors and a wrong answer.
-        rng: the source of chance for the mistakes.
+        rng: the source of chance for the mistakes and, in full detail, for the words and the style.
+        detail: "short": one form of each program in few words; "full": many, see `demonstrations`. SQL has one form.
 
     Raises:
         Abandoned: a mistake did not fail, or right code did.
     """
+    if problem.task.language == "sql":
+        return demonstrate_sql(problem, stratum, rng)
+    return (demonstrate if detail == "full" else _short)(problem, stratum, rng)
+
+
+def _short(problem: Problem, stratum: str, rng: Random) -> Script:
     question = problem.question
     if not question.code:
         failed = stratum == "failure"
@@ -126,15 +100,3 @@ def mistakes(problem: Problem, rng: Random) -> list[tuple[str, str]]:
         line = re.sub(rf"\.{method}\b", f".{METHODS[method]}", question.code, count=1)
         found.append((program(problem, line), f"There is no {METHODS[method]}. Use {method}."))
     return found
-
-
-def misspell(name: str, rng: Random) -> str:
-    """`name` with one typing error: a letter left out, doubled, or in the other case."""
-    letters = [index for index, mark in enumerate(name) if mark.isalpha()] or [0]
-    at = rng.choice(letters)
-    draw = rng.random()
-    if draw < 0.4 and len(name) > 2:
-        return name[:at] + name[at + 1 :]
-    if draw < 0.7 or name[at].swapcase() == name[at]:
-        return name[: at + 1] + name[at:]
-    return name[:at] + name[at].swapcase() + name[at + 1 :]
