@@ -8,6 +8,7 @@ import pytest
 from endpoints import Said, Server, serving
 from test_modelled import READ, task_of, turns_of
 
+from groupwise.data.attempts import Attempt
 from groupwise.data.chat import Chat, open_chat
 from groupwise.data.consensus import (
     REFINE_SYSTEM,
@@ -18,13 +19,14 @@ from groupwise.data.consensus import (
     Disagreement,
     agreed_task,
     contradict,
+    experts_of,
     finer_workflow,
     parse_verdict,
     reach_consensus,
 )
 from groupwise.data.executions import KeptSandbox
-from groupwise.data.modelled import Attempt
-from groupwise.data.teachers import Turn
+from groupwise.data.filters import Filters
+from groupwise.data.teachers import Abandoned, Turn
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
@@ -282,6 +284,20 @@ def test_stopped_at_any_request_the_result_is_the_same(sandbox: Sandbox, table: 
 def without_times(result: Consensus) -> list[object]:
     outputs = [execution.output for each in result.attempts for execution in each.executions]
     return [result.task, result.rounds, [each.turns for each in result.attempts], outputs]
+
+
+def test_a_consensus_becomes_trajectories(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
+    with serving(Panel(["19.5"] * 3)) as server:
+        result = consensus_of(server, tmp_path, sandbox, table)
+    experts = experts_of(result)
+    assert [expert.stratum for expert in experts] == ["success"] * 3
+    assert experts[0].spans[1] == ("environment", "\n<interpreter>19.5</interpreter>\n")
+    assert [Filters().reason(expert) for expert in experts] == [None] * 3
+    assert (experts[0].task.answer, experts[0].task.answer_type) == ("19.5", "number")
+    mended = Consensus(task(), (attempt("5", (False, "NameError"), (True, "5")), attempt("5", (True, "5"))), 1)
+    assert [expert.stratum for expert in experts_of(mended)] == ["corrected", "success"]
+    with pytest.raises(Abandoned, match="no agreement"):
+        experts_of(Disagreement("no agreement", "c"))
 
 
 def test_agreement_is_counted_by_type() -> None:
