@@ -26,6 +26,7 @@ from .attempts import Attempt, play
 from .chat import Chat, Refused, enclose, enclosed
 from .modelled import modelled
 from .teachers import Abandoned
+from .trajectories import Expert
 
 NUM_ATTEMPTS = 3
 ROUNDS = 2  # the second one after a critique
@@ -143,6 +144,18 @@ def reach_consensus(
         if agreed is not None:
             return Consensus(agreed, tuple(answered) if keep == "all" else (_best(answered),), number)
     return Disagreement("no agreement", critique)
+
+
+def experts_of(result: Consensus | Disagreement) -> list[Expert]:
+    """The trajectories of a consensus: of the stratum "corrected" where code failed on the way, else of "success".
+
+    Raises:
+        Abandoned: there is none.
+    """
+    if isinstance(result, Disagreement):
+        raise Abandoned(result.reason)
+    strata = ["success" if all(each.ok for each in attempt.executions) else "corrected" for attempt in result.attempts]
+    return [Expert.of(result.task, attempt, stratum) for attempt, stratum in zip(result.attempts, strata, strict=True)]
 
 
 def agreed_task(task: Task, attempts: Sequence[Attempt]) -> Task | None:

@@ -1,6 +1,10 @@
 """Consensus: what several attempts agree on is kept, and nothing else, whatever a judge says."""
 
+import itertools
 import json
+import re
+import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,12 +23,15 @@ from groupwise.data.consensus import (
     Disagreement,
     agreed_task,
     contradict,
+    experts_of,
     finer_workflow,
     parse_verdict,
     reach_consensus,
 )
 from groupwise.data.executions import KeptSandbox
-from groupwise.data.teachers import Turn
+from groupwise.data.filters import Filters
+from groupwise.data.production import Production, Work
+from groupwise.data.teachers import Abandoned, Turn
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task
@@ -282,6 +289,76 @@ def test_stopped_at_any_request_the_result_is_the_same(sandbox: Sandbox, table: 
 def without_times(result: Consensus) -> list[object]:
     outputs = [execution.output for each in result.attempts for execution in each.executions]
     return [result.task, result.rounds, [each.turns for each in result.attempts], outputs]
+
+
+def test_a_consensus_becomes_trajectories(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
+    with serving(Panel(["19.5"] * 3)) as server:
+        result = consensus_of(server, tmp_path, sandbox, table)
+    experts = experts_of(result)
+    assert [expert.stratum for expert in experts] == ["success"] * 3
+    assert experts[0].spans[1] == ("environment", "\n<interpreter>19.5</interpreter>\n")
+    assert [Filters().reason(expert) for expert in experts] == [None] * 3
+    assert (experts[0].task.answer, experts[0].task.answer_type) == ("19.5", "number")
+    mended = Consensus(task(), (attempt("5", (False, "NameError"), (True, "5")), attempt("5", (True, "5"))), 1)
+    assert [expert.stratum for expert in experts_of(mended)] == ["corrected", "success"]
+    with pytest.raises(Abandoned, match="no agreement"):
+        experts_of(Disagreement("no agreement", "c"))
+
+
+def test_stopped_anywhere_the_production_is_the_same_to_the_byte(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
+    """Some threads on a model that errs by chance, code that prints the time, and an endpoint that goes away."""
+    left = [1000]
+    lock = threading.Lock()
+
+    def model(body: dict) -> str | Said:
+        with lock:
+            left[0] -= 1
+            if left[0] < 0:
+                return Said(status=401)
+        if body["messages"][0]["content"] == SYSTEM:
+            return DIFFER
+        if turns_of(body) == 0:
+            return f"<think>Draw {body['seed']}.</think><code>import time\nprint(time.time_ns())"
+        [number] = re.findall(r"number (\d)", body["messages"][1]["content"])
+        answer = {"1": 7, "3": body["seed"]}.get(number, 7 if body["seed"] % 4 else 8)
+        return f"<think>Done.</think><answer>{answer}"
+
+    def produce(server: Server, folder: Path) -> list[bytes]:
+        chat, kept = chat_of(server, folder), KeptSandbox(sandbox, folder / "executions.jsonl")
+
+        def work(number: int) -> Work:
+            about = task_of(table, id=f"t{number}", question=f"What is number {number}?")
+            return Work("success", lambda: experts_of(reach_consensus(about, chat, chat, kept)))
+
+        production = Production(folder / "data", Filters(), inputs="", threads=3)
+        production.run([work(number) for number in range(8)])
+        return [path.read_bytes() for path in sorted((folder / "data").iterdir())]
+
+    with serving(model) as server:
+        whole = produce(server, tmp_path / "whole")
+        asked = set(server.answered)
+        # The replies to all that came after what the clock said are other ones in another run: go on from its folder.
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        shutil.rmtree(tmp_path / "again/data")
+        server.asked.clear()
+        assert produce(server, tmp_path / "again") == whole
+        assert not server.asked
+        server.answered.clear()
+        stopped = tmp_path / "stopped"
+        for stops in itertools.count():
+            left[0] = 9
+            try:
+                found = produce(server, stopped)
+                break
+            except UserError:
+                assert stops < len(asked)
+        assert stops >= 4
+        assert set(server.answered.values()) == {1}
+        left[0] = 0
+        shutil.rmtree(stopped / "data")
+        assert produce(server, stopped) == found
+    assert b"no agreement" in whole[-1]
+    assert whole[0].count(b"\n") >= 3
 
 
 def test_agreement_is_counted_by_type() -> None:

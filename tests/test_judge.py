@@ -4,8 +4,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import socket
-import struct
 import threading
 import time
 import unicodedata
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from endpoints import Naps, reset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,13 +115,6 @@ def serving(model: Callable[[str], Reply | str]) -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
-
-
-class Naps(list[float]):
-    """Waits that are noted instead of waited."""
-
-    def __call__(self, seconds: float) -> None:
-        self.append(seconds)
 
 
 def judge_of(server: Server, tmp_path: Path, naps: Naps | None = None, timeout_s: float = 60.0) -> Judge:
@@ -236,12 +228,6 @@ def test_a_reply_that_is_no_verdict_is_asked_for_three_times(tmp_path: Path) -> 
         assert judge.metrics() | {"judge/seconds": 0} == {
             "judge/judged": 1, "judge/cached": 0, "judge/failed": 1, "judge/seconds": 0,
         }  # fmt: skip
-
-
-def reset(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
 
 
 def cut(handler: BaseHTTPRequestHandler) -> None:

@@ -9,7 +9,6 @@ from endpoints import Said, Server, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.data import attempts
 from groupwise.data.attempts import Attempt, play
 from groupwise.data.chat import Chat, open_chat
 from groupwise.data.executions import KeptSandbox
@@ -222,23 +221,6 @@ def test_orders_in_a_cell_change_no_turn(sandbox: Sandbox, tmp_path: Path) -> No
         attempt = attempt_of(chat_of(server, tmp_path), task_of(str(path), description=description), sandbox)
     assert attempt.answer == "19.5"
     assert "<|im_end|>" in attempt.executions[0].output
-
-
-def test_a_long_output_keeps_head_and_tail(
-    sandbox: Sandbox, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attempts, "MAX_OBSERVATION_CHARS", 100)
-
-    def model(body: dict) -> str:
-        return ("<think>t</think><code>print('a' * 900, 'z')", ANSWER)[turns_of(body)]
-
-    with serving(model) as server:
-        task = task_of(table)
-        attempt = play(modelled(chat_of(server, tmp_path), task), task, sandbox)
-        output = attempt.executions[0].output
-        assert output.startswith("a" * 50 + "\n... 803 characters left out ...\na")
-        assert output.endswith("z\n")
-        assert output.strip() in last(json.loads(list(server.asked)[1]))
 
 
 def test_what_code_printed_once_is_what_it_printed(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
