@@ -155,9 +155,9 @@ def accept(name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows
         return Dropped(name, f"over {max_rows} rows")
     frame, omitted = clean(frame)
     if frame.empty:
-        return Dropped(name, "no column that can be named and has two values")
+        return Dropped(name, "no usable column: none can be named and has two values")
     if not roles(frame).numeric:
-        return Dropped(name, "no column of numbers")
+        return Dropped(name, "no usable column: none holds numbers")
     return Table(name, frame, tuple(omitted))
 
 
@@ -213,7 +213,9 @@ def find_tables(
         return bundled(min_rows=min_rows, max_rows=max_rows)
     paths, dropped = find_files(folder, SUFFIXES)
     if not paths:
-        raise UserError(f"the folder of tables {folder} holds no .csv, .xlsx or .sqlite file; put two tables there.")
+        raise UserError(
+            f"the folder of tables {folder} holds no .csv file, workbook or database; put two tables there."
+        )
     tables: list[Table] = []
     _read_all(paths, Path(folder), tables, dropped, min_rows=min_rows, max_rows=max_rows)
     if not tables:

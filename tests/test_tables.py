@@ -91,8 +91,8 @@ def test_dropped_with_a_reason(tmp_path):
     assert reasons["short.csv"] == "under 20 rows"
     assert reasons["one.csv"] == "under 20 rows"
     assert reasons["long.csv"] == "over 100 rows"
-    assert reasons["words.csv"] == "no column of numbers"
-    assert reasons["same.csv"] == "no column that can be named and has two values"
+    assert reasons["words.csv"] == "no usable column: none holds numbers"
+    assert reasons["same.csv"] == "no usable column: none can be named and has two values"
     assert "has no header" in reasons["headless.csv"]
     assert "is empty" in reasons["empty.csv"]
     assert "binary" in reasons["sub/binary.csv"]
@@ -103,7 +103,7 @@ def test_dropped_with_a_reason(tmp_path):
 def test_bad_folders_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"missing does not exist; give a folder"):
         tables.find_tables(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"holds no \.csv, \.xlsx or \.sqlite file"):
+    with pytest.raises(UserError, match=r"holds no \.csv file, workbook or database"):
         tables.find_tables(tmp_path)
     (tmp_path / "t.csv").write_text("")
     with pytest.raises(UserError, match=r"none of the 1 files .* is empty"):
