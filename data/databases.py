@@ -26,7 +26,7 @@ MAX_ROWS = 100_000
 MAX_TABLES = 200
 MIN_ASKED_ROWS = 5
 DESCRIPTION_CHARS = 4000
-SAMPLE_ROWS = (3, 1)
+SAMPLE_ROWS = (3, 1, 0)
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DAY = re.compile(r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?")
 
@@ -326,17 +326,15 @@ def describe_database(database: Database, budget: int, *, count_tokens: Callable
     """
     tables = database.tables
     head = f'SQLite database "{database.file}", {len(tables)} tables:'
-    forms = ["\n".join([head, *(_create(table, rows) for table in tables)]) for rows in (*SAMPLE_ROWS, 0)]
-    forms.append("\n".join([head, *(_create(table, 0, types=False) for table in tables)]))
+    widest = max((len(table.types) for table in tables), default=0)
+    forms = ("\n".join([head, *(_create(table, rows) for table in tables)]) for rows in SAMPLE_ROWS)
 
     def part(count: int) -> str:
-        """Keys and names of the first columns of all tables, or without any column the names of the tables."""
-        if count:
-            return "\n".join([head, *(_create(table, 0, types=False, columns=count) for table in tables)])
-        return head
+        """Keys, and the names of the first columns, of all tables; nothing of them without a column."""
+        created = (_create(table, 0, types=False, columns=count) for table in tables)
+        return "\n".join([head, *created]) if count else head
 
-    widest = max((len(table.types) for table in tables), default=0)
-    text = richest(forms, part, widest - 1, budget, count_tokens)
+    text = richest(forms, part, widest, budget, count_tokens)
     return text if text != head else _named(database, head, budget, count_tokens)
 
 

@@ -345,6 +345,11 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(read_only_uri(str(path)), uri=True, timeout=LOCK_S)) as connection:
             connection.text_factory = lambda data: data.decode("utf-8", "replace")
+            fault = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if fault != "ok":  # some faults would be read as rows
+                raise UserError(
+                    f"the database {path} is corrupt ({' '.join(fault.split())[:100]}); repair or remove it."
+                )
             yield connection
     except sqlite3.Error as error:
         raise UserError(f"the database {path} cannot be read ({_short(error)}); repair or remove it.") from error

@@ -113,7 +113,7 @@ def describe(file: str, frame: pd.DataFrame) -> str:
 
 def clean(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Dropped]]:
     """The columns that can be named and asked about, under stripped names, and those left out, each with the reason."""
-    frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip()).dropna(how="all")
+    frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip())
     frame = frame.replace([np.inf, -np.inf], np.nan)
     kept: dict[str, pd.Series] = {}
     omitted: list[Dropped] = []
@@ -148,15 +148,16 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 def accept(name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> Table | Dropped:
     """Clean `frame` and make it a Table, or say why it cannot be one."""
-    frame, omitted = clean(frame)
-    if frame.empty:
-        return Dropped(name, "no column that can be named and has two values")
+    frame = frame.dropna(how="all")
     if len(frame) < min_rows:
         return Dropped(name, f"under {min_rows} rows")
     if len(frame) > max_rows:
         return Dropped(name, f"over {max_rows} rows")
+    frame, omitted = clean(frame)
+    if frame.empty:
+        return Dropped(name, "no usable column: none can be named and has two values")
     if not roles(frame).numeric:
-        return Dropped(name, "no column of numbers")
+        return Dropped(name, "no usable column: none holds numbers")
     return Table(name, frame, tuple(omitted))
 
 
@@ -212,7 +213,9 @@ def find_tables(
         return bundled(min_rows=min_rows, max_rows=max_rows)
     paths, dropped = find_files(folder, SUFFIXES)
     if not paths:
-        raise UserError(f"the folder of tables {folder} holds no .csv, .xlsx or .sqlite file; put two tables there.")
+        raise UserError(
+            f"the folder of tables {folder} holds no .csv file, workbook or database; put two tables there."
+        )
     tables: list[Table] = []
     _read_all(paths, Path(folder), tables, dropped, min_rows=min_rows, max_rows=max_rows)
     if not tables:

@@ -7,27 +7,8 @@ from groupwise.data import names, tables
 from groupwise.engine.errors import UserError
 
 
-def rows(count: int, separator: str = ",") -> str:
-    return "\n".join(separator.join((str(n), str(n * 1.5), "ab"[n % 2])) for n in range(count)) + "\n"
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-def test_separators_and_encodings_are_found(tmp_path, separator):
-    path = tmp_path / "t.csv"
-    path.write_bytes((separator.join(("x", "gr\xf6\xdfe", "kind")) + "\n" + rows(25, separator)).encode("latin-1"))
-    assert list(tables.read_csv(path).columns) == ["x", "gr\xf6\xdfe", "kind"]
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().decode("latin-1").encode())
-    frame = tables.read_csv(path)
-    assert list(frame.columns) == ["x", "gr\xf6\xdfe", "kind"]
-    assert frame["gr\xf6\xdfe"].tolist() == [n * 1.5 for n in range(25)]
-
-
-def test_spaces_separate_only_where_all_lines_agree(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("a b\n" + "\n".join(f"{n} {n}" for n in range(20)))
-    assert list(tables.read_csv(path).columns) == ["a", "b"]
-    path.write_text("full name\n" + "\n".join("John Q Public" if n % 2 else "Ann B" for n in range(20)))
-    assert list(tables.read_csv(path).columns) == ["full name"]
+def rows(count: int) -> str:
+    return "".join(f"{n},{n * 1.5},{'ab'[n % 2]}\n" for n in range(count))
 
 
 def test_clean_keeps_what_can_be_named_and_asked():
@@ -43,10 +24,37 @@ def test_clean_keeps_what_can_be_named_and_asked():
             "words": ["a ", " b", "c"] * 10,
         }
     )
-    cleaned = tables.clean(frame)
+    cleaned, omitted = tables.clean(frame)
     assert list(cleaned.columns) == ["x", "numbers", "words"]
     assert cleaned["numbers"].tolist()[:3] == [1, 2, 3]
     assert cleaned["words"].tolist()[:3] == ["a", "b", "c"]
+    reasons = {drop.source: drop.reason for drop in omitted}
+    assert set(reasons) == {"column 1", "X", 'say "hi', "n" * 99, "constant"}
+    assert reasons["column 1"] == "no name"
+    assert reasons["X"] == "another column has its name"
+    assert reasons["constant"] == "fewer than two different values"
+    assert reasons['say "hi'] == reasons["n" * 99]
+
+
+def test_columns_keep_any_name_that_can_stand_in_quotes():
+    names = [
+        "class",
+        "def",
+        "größe",
+        "😀 count",
+        "a b",
+        "=SUM(A1)",
+        "100%",
+        "it's",
+        "two\nlines",
+        "{x}",
+        "tab\tbed",
+        " ",
+    ]
+    frame = pd.DataFrame({name: range(30) for name in names})
+    cleaned, omitted = tables.clean(frame)
+    assert list(cleaned.columns) == names[:7]
+    assert [drop.source for drop in omitted] == ["it's", "two\nlines", "{x}", "tab\tbed", "column 12"]
 
 
 def test_roles():
@@ -72,30 +80,34 @@ def test_dropped_with_a_reason(tmp_path):
     (tmp_path / "words.csv").write_text("a,b\n" + "x,y\nz,w\n" * 20)
     (tmp_path / "headless.csv").write_text("0.5,1.25\n" * 30)
     (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "one.csv").write_text("a,b,c\n" + rows(1))
+    (tmp_path / "same.csv").write_text("a,b\n" + "1,1\n" * 30)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "binary.csv").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3,4\n" * 20)
     found, dropped = tables.find_tables(tmp_path, max_rows=100)
     assert [table.name for table in found] == ["good"]
     reasons = {drop.source: drop.reason for drop in dropped}
-    assert reasons["short"] == "under 20 rows"
-    assert reasons["long"] == "over 100 rows"
-    assert reasons["words"] == "no usable column"
-    assert reasons["headless"] == "no header"
+    assert reasons["short.csv"] == "under 20 rows"
+    assert reasons["one.csv"] == "under 20 rows"
+    assert reasons["long.csv"] == "over 100 rows"
+    assert reasons["words.csv"] == "no usable column: none holds numbers"
+    assert reasons["same.csv"] == "no usable column: none can be named and has two values"
+    assert "has no header" in reasons["headless.csv"]
     assert "is empty" in reasons["empty.csv"]
-    assert "binary" in reasons["binary.csv"]
+    assert "binary" in reasons["sub/binary.csv"]
     assert "cannot be read as .csv" in reasons["ragged.csv"]
+    assert not any(str(tmp_path) in reason for reason in reasons.values())
 
 
 def test_bad_folders_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"missing does not exist; give a folder"):
         tables.find_tables(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"holds no \.csv file"):
+    with pytest.raises(UserError, match=r"holds no \.csv file, workbook or database"):
         tables.find_tables(tmp_path)
     (tmp_path / "t.csv").write_text("")
-    with pytest.raises(UserError, match=r"none of the 1 tables .* is empty"):
+    with pytest.raises(UserError, match=r"none of the 1 files .* is empty"):
         tables.find_tables(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        tables.read_csv(tmp_path / "no.csv")
     with pytest.raises(UserError, match="too few"):
         tables.split_tables([tables.Table("one", pd.DataFrame())])
 
