@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,8 +29,9 @@ from ..engine.errors import UserError
 from ..rewards.value_match import parse_number
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import Task
+from .reading import read_frames
 from .scorers import Rule, labels_met
-from .tables import Dropped, describe
+from .tables import MAX_ROWS, Dropped, describe
 
 Row = Mapping[str, Any]
 
@@ -66,6 +68,16 @@ class Benchmark:
     name: str
     items: list[BenchmarkItem]
     dropped: list[Dropped]
+
+    def headers(self) -> frozenset[str]:
+        """The column names of all its tables, as far as they can be read."""
+        files = {Path(file) for item in self.items for file in item.task.files}
+        found: set[str] = set()
+        for file in files:
+            with suppress(UserError):
+                for _, frame in read_frames(file, MAX_ROWS):
+                    found.update(str(name) for name in getattr(frame, "columns", ()))
+        return frozenset(found)
 
 
 class Source:

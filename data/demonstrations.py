@@ -168,7 +168,7 @@ class _Demonstration:
     def _slip(self, step: Step) -> tuple[Chunk, str]:
         """A program that computes something else, and what that is."""
         slips = list(step.slips)
-        others = [name for name in self.problem.view.roles.numeric if name not in step.columns]
+        others = [name for name in self.problem.sheet.roles.numeric if name not in step.columns]
         place = re.compile(r'"([^"\n]+)"\]\.(?=(?:mean|median|sum|max|min|std|count|var)\(\))')
         form = step.forms[0]
         if others and len(set(place.findall(form))) == 1 and "] - " not in form:
@@ -179,7 +179,7 @@ class _Demonstration:
         return self._chunk(step, form=code), what
 
     def _mistakes(self, step: Step, chunk: Chunk, count: int) -> list[Mistake]:
-        frame = self.problem.view.frame
+        frame = self.problem.sheet.frame
         kinds = {str(name): kind(frame[name]) for name in frame}
         texts = [name for name in kinds if kinds[name] == "text"]
         found = python_mistakes(chunk.code, self.writer.frame, step.columns, kinds, texts, self.rng)
@@ -189,7 +189,7 @@ class _Demonstration:
 
     def _fact(self) -> str:
         """A sentence about the columns or a piece of the type's advice, now and then."""
-        draw, frame, columns = self.rng.random(), self.problem.view.frame, self.steps[0].columns
+        draw, frame, columns = self.rng.random(), self.problem.sheet.frame, self.steps[0].columns
         if draw < 0.15:
             return " " + self.rng.choice(TASK_TYPES[self.problem.question.task_type].workflow)
         if draw < 0.4 and columns:

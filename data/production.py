@@ -22,13 +22,16 @@ from random import Random
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
+from ..engine.metrics import ProgressBar
 from ..rewards.answer import is_right
 from ..rollout.agent import Executes
 from .attempts import play
 from .filters import Filters
 from .report import Report
+from .script import Abandoned
 from .tasks import Problem, shares_to_counts
-from .teachers import STRATA, Abandoned, scripted
+from .taxonomy import Detail
+from .teachers import STRATA, scripted
 from .trajectories import SHARDS, Expert, read_experts, to_line
 
 SHARD = 250
@@ -106,7 +109,6 @@ class Production:
         filters: through which all trajectories go.
         inputs: a hash of what the works are made from.
         threads: works at once.
-        on_done: called for each work, for a progress bar.
 
     Attributes:
         report: of all that was kept and dropped so far.
@@ -115,26 +117,26 @@ class Production:
         UserError: the folder was begun with other inputs.
     """
 
-    def __init__(
-        self, folder: Path, filters: Filters, *, inputs: str, threads: int, on_done: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, filters: Filters, *, inputs: str, threads: int) -> None:
         self._folder, self._filters, self._inputs, self._threads = folder.absolute(), filters, inputs, threads
-        self._on_done = on_done or (lambda: None)
         self._before = self._whole()
         self._shards: list[_Shard] = []
         self.report = Report()
 
-    def run(self, works: Sequence[Work]) -> list[str]:
-        """Does works and returns the strata of those of which nothing was kept, in order."""
+    def run(self, works: Sequence[Work], description: str = "synthesize") -> list[str]:
+        """Does works, below a progress bar, and returns the strata of those of which nothing was kept, in order."""
+        with ProgressBar(len(works), description) as bar:
+            return self._run(works, bar)
+
+    def _run(self, works: Sequence[Work], bar: ProgressBar) -> list[str]:
         empty: list[str] = []
         for start in range(0, len(works), SHARD):
             some = works[start : start + SHARD]
             if len(self._shards) < len(self._before):
                 shard = self._restored(self._before[len(self._shards)])
-                for _ in some:
-                    self._on_done()
+                bar.advance(len(some))
             else:
-                shard = self._made(some)
+                shard = self._made(some, bar)
             self._shards.append(shard)
             self.report.drop(shard.dropped)
             empty += shard.empty
@@ -145,7 +147,7 @@ class Production:
         """Says in the manifest that nothing is missing."""
         self._write_manifest(complete=True)
 
-    def _made(self, works: Sequence[Work]) -> _Shard:
+    def _made(self, works: Sequence[Work], bar: ProgressBar) -> _Shard:
         lines: list[str] = []
         dropped: Counter[str] = Counter()
         empty: list[str] = []
@@ -157,7 +159,7 @@ class Production:
                 empty.append(found.stratum)
             self._keep(kept)
             lines += [to_line(expert, self._folder) for expert in kept]
-            self._on_done()
+            bar.advance()
         file = self._folder / SHARDS.replace("*", f"{len(self._shards):05d}")
         write_atomically(file, lines)
         content = "".join(lines).encode()
@@ -200,17 +202,19 @@ class Production:
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def scripted_works(problems: Sequence[Problem], strata: Sequence[str], sandbox: Executes, seed: int) -> list[Work]:
+def scripted_works(
+    problems: Sequence[Problem], strata: Sequence[str], sandbox: Executes, seed: int, detail: Detail = "short"
+) -> list[Work]:
     """What the scripted teacher does with problems, each in the stratum that stands at its place."""
     return [
-        Work(stratum, partial(_scripted, problem, stratum, sandbox, seed))
+        Work(stratum, partial(_scripted, problem, stratum, sandbox, seed, detail))
         for problem, stratum in zip(problems, strata, strict=True)
     ]
 
 
-def _scripted(problem: Problem, stratum: str, sandbox: Executes, seed: int) -> list[Expert]:
+def _scripted(problem: Problem, stratum: str, sandbox: Executes, seed: int, detail: Detail) -> list[Expert]:
     task, question = problem.task, problem.question
-    attempt = play(scripted(problem, stratum, Random(f"{seed}:{task.id}:teacher")), task, sandbox)
+    attempt = play(scripted(problem, stratum, Random(f"{seed}:{task.id}:teacher"), detail), task, sandbox)
     if is_right(attempt.answer, attempt.executions, task) != (stratum != "failure"):
         raise Abandoned("failure with a right answer" if stratum == "failure" else "answer is not the known one")
     return [Expert.of(task, attempt, stratum, question.operation, question.wording)]

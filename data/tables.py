@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -196,7 +197,11 @@ def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list
 
 
 def find_tables(
-    folder: str | Path | None = None, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS
+    folder: str | Path | None = None,
+    *,
+    min_rows: int = MIN_ROWS,
+    max_rows: int = MAX_ROWS,
+    suffixes: Sequence[str] = SUFFIXES,
 ) -> tuple[list[Table], list[Dropped]]:
     """The usable tables of `folder` (.csv, .tsv, .xlsx and SQLite files under it) or the bundled ones, and the dropped.
 
@@ -205,13 +210,14 @@ def find_tables(
     Args:
         folder: a folder of tables; None for the bundled ones.
         min_rows, max_rows: limits in rows, both inclusive.
+        suffixes: of the files that are read.
 
     Raises:
         UserError: the folder is missing or holds no such file, or no table can be used.
     """
     if folder is None:
         return bundled(min_rows=min_rows, max_rows=max_rows)
-    paths, dropped = find_files(folder, SUFFIXES)
+    paths, dropped = find_files(folder, suffixes)
     if not paths:
         raise UserError(
             f"the folder of tables {folder} holds no .csv file, workbook or database; put two tables there."
@@ -261,18 +267,29 @@ def _sort(result: Table | Dropped, tables: list[Table], dropped: list[Dropped]) 
         dropped.append(result)
 
 
+class Named(Protocol):
+    """A `Table` or a `Database`."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Named)
+
+
 def split_tables(
-    tables: Sequence[Table], *, evaluation_share: float = 1 / 3, seed: int = 0
-) -> tuple[list[Table], list[Table]]:
-    """Divide tables into training and evaluation tables by a hash of (seed, name): disjoint, the same on every machine.
+    tables: Sequence[Item], *, evaluation_share: float = 1 / 3, seed: int = 0
+) -> tuple[list[Item], list[Item]]:
+    """Divide tables, or databases, into those to train and those to evaluate on, by a hash of (seed, name): disjoint,
+    and the same on every machine.
 
     Raises:
-        UserError: fewer than two tables.
+        UserError: fewer than two.
     """
     if len(tables) < 2:
         raise UserError(f"{len(tables)} usable table is too few to train and to evaluate on; give at least two.")
 
-    def order(table: Table) -> str:
+    def order(table: Item) -> str:
         return hashlib.sha256(f"{seed}:{table.name}".encode()).hexdigest()
 
     held_out = max(1, round(len(tables) * evaluation_share))
@@ -280,7 +297,6 @@ def split_tables(
     return [table for table in tables if table.name not in names], [table for table in tables if table.name in names]
 
 
-def shared_headers(training: Iterable[Table], evaluation: Iterable[Table]) -> list[str]:
-    """Column names (lower case, sorted) that stand both in a training and in an evaluation table."""
-    first = {name.lower() for table in training for name in table.frame.columns}
-    return sorted(first & {name.lower() for table in evaluation for name in table.frame.columns})
+def shared_headers(training: Iterable[str], evaluation: Iterable[str]) -> list[str]:
+    """Column names that stand on both sides, whatever their case; in lower case and sorted."""
+    return sorted({name.lower() for name in training} & {name.lower() for name in evaluation})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any, Protocol
 
 from ..engine.errors import UserError
-from ..rollout.task import Task
-from .composition import Composition
-from .questions import Operation, Question
+from ..rollout.grammar import GRAMMARS
+from ..rollout.task import Language, Task
+from .databases import Database
+from .questions import Question
+from .sql_operations import SQL_OPERATIONS
 from .tables import Table
-from .taxonomy import Detail, TaskType, task_types
+from .taxonomy import Detail, task_types
 from .views import View, evaluation_view, training_view
 
 MODE_SHARES: Mapping[str, float] = {"datamind": 0.8, "agentic": 0.1, "reflection": 0.1}
@@ -25,7 +28,13 @@ class Problem:
 
     task: Task
     question: Question
-    view: View
+    view: View | Database
+
+    @property
+    def sheet(self) -> View:
+        """The view of a question that Python answers."""
+        assert isinstance(self.view, View)
+        return self.view
 
 
 def training_views(
@@ -105,15 +114,59 @@ def make_problems(
     if unknown := set(types or ()) - set(known):
         raise UserError(f"unknown task type {min(unknown)!r}; expected some of {', '.join(known)}.")
     chosen = [known[name] for name in (known if types is None else types)]
+
+    def deck(mode: str, rng: Random) -> _Deck:
+        return _Deck({t.name: t.reflections if mode == "reflection" else t.operations for t in chosen}, rng)
+
+    return _pose(views, deck, count, seed=seed, name=name, folder=folder, modes=modes, by_text=detail == "short")
+
+
+def make_sql_problems(
+    databases: Sequence[Database],
+    count: int,
+    *,
+    seed: int,
+    name: str,
+    folder: str | Path,
+    modes: Mapping[str, float] = MODE_SHARES,
+) -> list[Problem]:
+    """As `make_problems`, about databases and answered by SQL; without the modes that run no code.
+
+    Raises:
+        UserError: databases that allow no further question, or no mode runs code.
+    """
+    with_code = {mode: share for mode, share in modes.items() if share and GRAMMARS[mode].code}
+    types = dict.fromkeys(operation.task_type for operation in SQL_OPERATIONS)
+    operations = {t: tuple(operation for operation in SQL_OPERATIONS if operation.task_type == t) for t in types}
+
+    def deck(_: str, rng: Random) -> _Deck:
+        return _Deck(operations, rng)
+
+    return _pose(databases, deck, count, seed=seed, name=name, folder=folder, modes=with_code, language="sql")
+
+
+def _pose(
+    views: Sequence[View] | Sequence[Database],
+    deck: Callable[[str, Random], _Deck],
+    count: int,
+    *,
+    seed: int,
+    name: str,
+    folder: str | Path,
+    modes: Mapping[str, float],
+    language: Language = "python",
+    by_text: bool = False,
+) -> list[Problem]:
+    """Problems of what the decks of the modes draw; `by_text` takes two wordings of a question for two."""
     rng = Random(f"{seed}:{name}:problems")
     order = [mode for mode, share in shares_to_counts(modes, count).items() for _ in range(share)]
     rng.shuffle(order)
     written: dict[int, str] = {}
     asked: set[tuple[int, str, str]] = set()
     problems: list[Problem] = []
-    decks = {mode: _Deck(chosen, mode == "reflection", rng) for mode in sorted(set(order))}
+    decks = {mode: deck(mode, rng) for mode in sorted(set(order))}
     for index, mode in enumerate(order):
-        number, question = _draw(views, decks[mode], asked, rng, detail)
+        number, question = _draw(views, decks[mode], asked, rng, by_text)
         view = views[number]
         if number not in written:
             written[number] = str(view.write(Path(folder) / name / str(number)))
@@ -127,26 +180,30 @@ def make_problems(
             task_type=question.task_type,
             mode=mode,
             table=view.table,
+            language=language,
         )
         problems.append(Problem(task, question, view))
     return problems
 
 
+class Asks(Protocol):
+    """Something to ask: an `Operation`, a `Composition`, or an `SqlOperation`, which asks of a database."""
+
+    def ask(self, view: Any, rng: Random) -> Question | None: ...
+
+
 class _Deck:
     """Task types like cards: each comes up once before any comes up again; in a type, each operation likewise."""
 
-    def __init__(self, types: Sequence[TaskType], reflections: bool, rng: Random) -> None:
+    def __init__(self, operations: Mapping[str, Sequence[Asks]], rng: Random) -> None:
         self.rng = rng
-        self.operations: dict[str, tuple[Operation | Composition, ...]] = {}
-        for kind in types:
-            if found := kind.reflections if reflections else kind.operations:
-                self.operations[kind.name] = found
+        self.operations = {name: found for name, found in operations.items() if found}
         if not self.operations:
             raise UserError("none of the chosen task types has a question for the reflection mode; give it share 0.")
         self.types: list[str] = []
-        self.cards: dict[str, list[Operation | Composition]] = {name: [] for name in self.operations}
+        self.cards: dict[str, list[Asks]] = {name: [] for name in self.operations}
 
-    def next(self) -> Operation | Composition:
+    def next(self) -> Asks:
         if not self.types:
             self.types = list(self.operations)
             self.rng.shuffle(self.types)
@@ -158,7 +215,11 @@ class _Deck:
 
 
 def _draw(
-    views: Sequence[View], deck: _Deck, asked: set[tuple[int, str, str]], rng: Random, detail: Detail
+    views: Sequence[View] | Sequence[Database],
+    deck: _Deck,
+    asked: set[tuple[int, str, str]],
+    rng: Random,
+    by_text: bool,
 ) -> tuple[int, Question]:
     """The number of a view and a question about it that was not asked before."""
     for _ in range(len(deck.operations) * 4):
@@ -169,7 +230,7 @@ def _draw(
             if question is None:
                 continue
             key = (number, "", question.text)
-            if detail == "full" and question.asked:
+            if question.asked and not by_text:
                 key = (number, question.operation, question.asked)
             if key not in asked:
                 asked.add(key)

@@ -91,7 +91,7 @@ def mistakes(problem: Problem, rng: Random) -> list[tuple[str, str]]:
     found = [(right.partition("\n")[2], "pandas is not imported.")]
     name = rng.choice(question.columns)
     wrong = misspell(name, rng)
-    if wrong not in problem.view.frame.columns:
+    if wrong not in problem.sheet.frame.columns:
         line = question.code.replace(f'"{name}"', f'"{wrong}"')
         found.append((program(problem, line), f'There is no "{wrong}". The name is "{name}".'))
     used = [method for method in METHODS if re.search(rf"\.{method}\b", question.code)]

@@ -19,8 +19,6 @@ from statistics import fmean
 from typing import Any, cast
 
 from ..data.production import assign_strata, made, scripted_works
-from ..data.tables import find_tables
-from ..data.tasks import evaluation_views, make_problems
 from ..data.teachers import STRATA
 from ..data.trajectories import Expert, read_experts, write_experts
 from ..engine.atomic import write_atomically
@@ -38,7 +36,7 @@ from .experts import Experts
 from .policy import Policy, load_policy, load_scorer, save_policy
 from .rollouts import Rollouts, my_share, open_sandbox
 from .run import Run, launch
-from .synthesize import shares_with_code
+from .sources import Sources, shares_with_code
 from .training import Training, places
 
 
@@ -150,14 +148,12 @@ def _judged(run: Run) -> list[Expert]:
     """Trajectories over the evaluation tables, as many of each stratum, made once for the run."""
     file, data, seed = run.folder / "hrm" / "judged.jsonl", run.config.data, run.config.run.seed
     if run.is_main and not file.exists():
-        names = json.loads((run.folder / "data" / "report.json").read_text())["evaluation_tables"]
-        held_out = [table for table in find_tables(data.tables or None)[0] if table.name in names]
-        views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-        modes, folder = shares_with_code(data.mode_shares()), file.parent / "tables"
-        problems = make_problems(views, data.num_eval_tasks, seed=seed, name="hrm", folder=folder, modes=modes)
+        sources, modes = Sources(run.config, file.parent / "tables"), shares_with_code(data.mode_shares())
+        problems = sources.evaluation_problems(data.num_eval_tasks, "hrm", modes)
         with open_sandbox(run) as sandbox:
             strata = assign_strata(problems, dict.fromkeys(STRATA, 1.0), seed)
-            found = made(scripted_works(problems, strata, sandbox, seed), threads=2 * run.config.sandbox.workers)
+            works = scripted_works(problems, strata, sandbox, seed, data.detail)
+            found = made(works, threads=2 * run.config.sandbox.workers)
             write_experts(file, (expert for each in found for expert in each.experts))
     run.mesh.barrier()
     return list(read_experts(file))

@@ -7,27 +7,22 @@ Writes into ``RUN/data``: ``experts-00000.jsonl`` and on, the expert trajectorie
 ``report.md``, ``report.png``. A run that was stopped goes on by the same command, and its data are the same.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.benchmarks import Benchmark, read_benchmark
 from ..data.filters import Filters
-from ..data.production import Production, assign_strata, scripted_works
+from ..data.production import MANIFEST, Production
 from ..data.report import markdown, plot
-from ..data.tables import Table, find_tables, shared_headers, split_tables
-from ..data.tasks import evaluation_views, headers, make_problems, training_views
+from ..data.tables import shared_headers
 from ..engine.atomic import write_atomically
-from ..engine.config import Config
-from ..engine.metrics import ProgressBar
-from ..rollout.grammar import GRAMMARS
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import write_tasks
 from .rollouts import open_sandbox
 from .run import Run, launch
-
-ROUNDS = 4  # the first, and those in which other problems stand in for what was dropped
+from .sources import Sources
+from .teaching import REQUESTS, ModelTeacher, teach_by_script
 
 
 def synthesize(run: Run) -> Path:
@@ -35,61 +30,49 @@ def synthesize(run: Run) -> Path:
     folder = run.folder / "data"
     if run.is_main and not (folder / "report.json").exists():
         with open_sandbox(run) as sandbox:
-            report = _make(run.config, folder, sandbox)
+            report = _make(run, folder, sandbox)
         write_atomically(folder / "report.md", markdown(report))
         write_atomically(folder / "report.json", json.dumps(report, indent=1))
     run.mesh.barrier()
     return folder
 
 
-def shares_with_code(modes: Mapping[str, float]) -> dict[str, float]:
-    """Of the shares of the grammars, those in which code runs."""
-    return {mode: share for mode, share in modes.items() if share and GRAMMARS[mode].code}
-
-
-def _make(config: Config, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
-    data, seed = config.data, config.run.seed
-    tables, dropped = find_tables(data.tables or None)
-    training, held_out = split_tables(tables, seed=seed)
-    modes, tables_folder = data.mode_shares(), folder / "tables"
-
-    # Names of the evaluation tables never come up in training.
-    views = training_views(training, max(1, data.num_trajectories * 2 // 5), seed=seed, avoid=headers(held_out))
-    problems = make_problems(views, data.num_trajectories, seed=seed, name="train", folder=tables_folder, modes=modes)
-    strata = assign_strata(problems, data.strata_shares(), seed)
-    with ProgressBar(len(problems), "synthesize") as bar:
-        production = Production(
-            folder, Filters(), inputs=_hash(tables), threads=2 * config.sandbox.workers, on_done=bar.advance
-        )
-        for number in range(1, ROUNDS + 1):
-            strata = production.run(scripted_works(problems, strata, sandbox, seed))
-            if not strata or number == ROUNDS:
-                break
-            problems = make_problems(
-                views, len(strata), seed=seed, name=f"train{number}", folder=tables_folder,
-                modes=shares_with_code(modes) or modes,
-            )  # fmt: skip
-        production.finish()
-    views = evaluation_views(held_out, data.num_eval_tasks // 2 + 1, seed=seed)
-    to_ask = make_problems(views, data.num_eval_tasks, seed=seed, name="eval", folder=tables_folder, modes=modes)
-    write_tasks(folder / "eval.jsonl", (problem.task for problem in to_ask))
+def _make(run: Run, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
+    data = run.config.data
+    sources = Sources(run.config, folder / "tables")
+    benchmark = _benchmark(run, folder, sandbox)
+    filters = Filters(item.task.question for item in benchmark.items) if benchmark else Filters()
+    if data.teacher == "scripted":
+        production = Production(folder, filters, inputs=sources.digest(), threads=2 * run.config.sandbox.workers)
+        taught = teach_by_script(run, sources, production, sandbox)
+    else:
+        # All is made again from the replies on disk, at no cost, with what is learnt on the way.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        production = Production(folder, filters, inputs=sources.digest(), threads=REQUESTS)
+        taught = ModelTeacher(run, folder, sandbox).teach(sources, production)
+    production.finish()
+    problems = sources.evaluation_problems(data.num_eval_tasks, "eval", data.mode_shares())
+    write_tasks(folder / "eval.jsonl", (problem.task for problem in problems))
     plot(production.report, folder / "report.png")
+    training, evaluation = sources.training, sources.evaluation
+    against = {"evaluation": evaluation.headers} | ({benchmark.name: benchmark.headers()} if benchmark else {})
     return {
         **production.report.to_dict(),
-        "training_tables": sorted(table.name for table in training),
-        "evaluation_tables": sorted(table.name for table in held_out),
-        "evaluation_headers": sorted(headers(held_out)),
-        "shared_headers": shared_headers(training, held_out),
-        "dropped_tables": {drop.source: drop.reason for drop in dropped},
+        **taught,
+        "training_tables": training.names,
+        "evaluation_tables": evaluation.names,
+        "evaluation_headers": sorted(evaluation.headers),
+        "shared_headers": {name: shared_headers(training.headers, found) for name, found in against.items()},
+        "dropped_tables": {drop.source: drop.reason for drop in sources.dropped},
     }
 
 
-def _hash(tables: Sequence[Table]) -> str:
-    """Of what trajectories are made from, so that a run whose tables changed meanwhile is not gone on with."""
-    digest = hashlib.sha256()
-    for table in tables:
-        digest.update(f"{table.name}\n{table.frame.to_csv(index=False)}\n".encode())
-    return digest.hexdigest()
+def _benchmark(run: Run, folder: Path, sandbox: Sandbox) -> Benchmark | None:
+    """The benchmark that the run is to be evaluated on, whose questions must not be trained on."""
+    if not run.config.evaluate.benchmark:
+        return None
+    mode = "datamind"  # of no account: only questions and tables are looked at
+    return read_benchmark(run.config.evaluate.benchmark, work=folder / "benchmark", mode=mode, sandbox=sandbox)
 
 
 def _recipe(run: Run) -> None:
