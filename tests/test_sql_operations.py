@@ -114,11 +114,9 @@ def test_an_answer_may_name_the_file_of_the_result(sandbox: Sandbox, shop: Datab
         "t", question.text, (file,), shop.description, question.answer, question.answer_type, question.task_type,
         table=shop.table, language="sql",
     )  # fmt: skip
-    trajectory = Trajectory(task, 0)
-    trajectory.executions = [sandbox.run(code, [file], language="sql") for code in (question.code, question.slip[1])]
-    name = trajectory.executions[0].output.split()[-1]
-    trajectory.answer = f"See {name}."
+    right, slip = (sandbox.run(code, [file], language="sql") for code in (question.code, question.slip[1]))
+    name = right.output.split()[-1]
     assert name == "result_1.csv"
     assert answer_correct(question.answer, task)
-    trajectory.executions.pop()
-    assert trajectory_correct(trajectory)
+    assert trajectory_correct(Trajectory(task, 0, [], executions=[right], answer=f"See {name}."))
+    assert not trajectory_correct(Trajectory(task, 0, [], executions=[slip], answer=f"See {name}."))
