@@ -9,7 +9,7 @@ small letter as the question says it and under the capital as SQL writes it: `t`
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -151,7 +151,7 @@ def _labels(one: StoredTable) -> tuple[str, ...]:
     return one.roles.labels or key
 
 
-def _clear_top(slots: Slots, values: list[float], rng: Random) -> Slots | None:
+def _clear_top(slots: Slots, values: Sequence[float], rng: Random) -> Slots | None:
     n = rng.choice((3, 4, 5))
     top = sorted(values, reverse=True)[: n + 1]
     clear = len(top) > n and all(one - other > 1e-9 * abs(one) for one, other in pairwise(top))
@@ -285,8 +285,8 @@ def chain(database: Database, rng: Random) -> Slots | None:
         for middle, third, far in database.links:
             if middle is parent and third is not child:
                 for label in third.roles.labels:
-                    slots = {**_link(child, parent, key), "third": third}
-                    found.append({**slots, **names(q=third.name, j=far.columns[0], s=far.targets[0], l=label)})
+                    joins = {**_link(child, parent, key), "third": third}
+                    found.append({**joins, **names(q=third.name, j=far.columns[0], s=far.targets[0], l=label)})
     slots = _pick(found, rng)
     if slots is None:
         return None
