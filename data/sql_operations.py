@@ -72,7 +72,7 @@ class SqlOperation:
             thought=self.thought.format(**slots),
             code=self.sql.format(**slots),
             slip=(self.slip[0].format(**slots), self.slip[1].format(**slots)),
-            columns=tuple(dict.fromkeys(slots[key] for key in NAMES.findall(self.sql) if key != "V")),
+            columns=tuple(dict.fromkeys(slots[key.lower()] for key in NAMES.findall(self.sql) if key != "V")),
         )
 
 

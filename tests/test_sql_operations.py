@@ -1,4 +1,4 @@
-"""Questions for SQL: the query's result is the answer, which was computed without SQL; a slip gives another, a misspelt name none."""
+"""Questions for SQL: a query gives the answer, which was computed without it; slips and misspelt names do not."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from small_databases import small_database
 from groupwise.data.databases import Database, find_databases
 from groupwise.data.questions import Question
 from groupwise.data.sql_operations import SQL_OPERATIONS
-from groupwise.data.taxonomy import DESCRIPTIONS
 from groupwise.rewards.answer import answer_correct, trajectory_correct
 from groupwise.rewards.table_match import same_result
 from groupwise.rollout.sandbox import Limits, Sandbox
@@ -19,6 +18,10 @@ from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Trajectory
 
 CHINOOK = Path("/work/shared/data/sqlite")
+TYPES = {
+    "counting", "aggregation", "distribution", "comparison", "ranking", "data preprocessing", "descriptive",
+    "multi-hop numerical", "time-based calculation", "anomaly detection",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def check(sandbox: Sandbox, database: Database, folder: Path, questions: list[Qu
     runs = {}
     for number, question in enumerate(questions):
         # Names outside double quotes, so that a misspelt one is an error and not a text.
-        misspelt = question.code.replace(question.columns[0], question.columns[0] + "x")
+        misspelt = question.code.replace(question.columns[0], f"no_{question.columns[0]}")
         queries = (question.code, question.slip[1], misspelt)
         runs[number] = [sandbox.submit(query, files, language="sql") for query in queries]
     for number, (right, slip, wrong) in runs.items():
@@ -86,7 +89,7 @@ def test_operations_are_worded_in_several_ways_and_of_known_types() -> None:
     assert len({operation.name for operation in SQL_OPERATIONS}) == len(SQL_OPERATIONS) >= 15
     for operation in SQL_OPERATIONS:
         assert len(set(operation.wordings)) >= 2
-        assert operation.task_type in DESCRIPTIONS
+        assert operation.task_type in TYPES
         assert ("order" in " ".join(operation.wordings) or "first" in " ".join(operation.wordings)) == operation.ordered
 
 
