@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pandas as pd
 
@@ -28,18 +28,21 @@ def describe_fully(file: str, frame: pd.DataFrame, budget: int, *, count_tokens:
         budget: the most that `count_tokens` may give for the text; where nothing fits, the shortest form comes.
         count_tokens: the measure of a text; its characters by default.
     """
-    full = [_column(frame, place, full=True) for place in range(len(frame.columns))]
-    plain = [_column(frame, place, full=False) for place in range(len(frame.columns))]
+    words = [kind(frame.iloc[:, place]) for place in range(len(frame.columns))]
+    plain = [f'"{name}" {word}' for name, word in zip(frame.columns, words, strict=True)]
     head = f'read_csv("{file}"), {len(frame)} rows, {len(frame.columns)} columns:'
-    forms = [[head, *full, *first_rows(frame, count)] for count in SAMPLE_ROWS]
-    forms += [[head, *plain, *first_rows(frame, count)] for count in SAMPLE_ROWS[1:]]
+
+    def forms() -> Iterator[str]:
+        full = [_column(frame, place) for place in range(len(words))]
+        for columns, counts in ((full, SAMPLE_ROWS), (plain, SAMPLE_ROWS[1:])):
+            for count in counts:
+                yield "\n".join([head, *columns, *first_rows(frame, count)])
 
     def part(count: int) -> str:
-        kinds = Counter(kind(frame.iloc[:, place]) for place in range(count, len(frame.columns)))
-        rest = ", ".join(f"{number} {word}" for word, number in sorted(kinds.items()))
+        rest = ", ".join(f"{number} {word}" for word, number in sorted(Counter(words[count:]).items()))
         return "\n".join([head, *plain[:count], f"... {len(plain) - count} more columns: {rest}"])
 
-    return richest(["\n".join(form) for form in forms], part, len(plain) - 1, budget, count_tokens)
+    return richest(forms(), part, len(plain) - 1, budget, count_tokens)
 
 
 def richest(
@@ -59,11 +62,9 @@ def richest(
     return part(low)
 
 
-def _column(frame: pd.DataFrame, place: int, *, full: bool) -> str:
+def _column(frame: pd.DataFrame, place: int) -> str:
     column, name = frame.iloc[:, place], frame.columns[place]
     word = kind(column)
-    if not full:
-        return f'"{name}" {word}'
     values = column.dropna()
     facts = [word]
     if word in ("int", "float") and len(values):

@@ -92,7 +92,8 @@ def read_frames(path: Path, max_rows: int) -> Iterator[tuple[str, pd.DataFrame |
     elif suffix in DATABASES:
         yield from _read_database(path, max_rows)
     else:
-        yield "", read_csv(path)
+        frame = read_csv(path, max_rows + 1)
+        yield "", frame if len(frame) <= max_rows else f"over {max_rows} rows"
 
 
 def check_file(path: Path) -> None:
@@ -119,8 +120,12 @@ def check_file(path: Path) -> None:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path, most: int | None = None) -> pd.DataFrame:
     """Read one .csv file, whichever of the usual separators, quotes and encodings it uses.
+
+    Args:
+        path: the file.
+        most: read so many rows at most; None for all.
 
     Raises:
         UserError: the file is missing, empty, over a limit, has no header, or no table can be read from it.
@@ -137,7 +142,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"the table {path} holds binary data; a .csv file must be text.")
     lines = start.strip().splitlines()[:5]
     quote = "'" if lines[0].lstrip().startswith("'") else '"'
-    return _parse(text, path, _separator(lines, quote), quote)
+    return _parse(text, path, _separator(lines, quote), quote, most)
 
 
 def decode(raw: bytes) -> str:
@@ -169,7 +174,7 @@ def _separator(lines: list[str], quote: str) -> str:
     return best if counts[best] or len(words) > 1 or words == {1} else r"\s+"
 
 
-def _parse(text: str, path: Path, separator: str = ",", quote: str = '"') -> pd.DataFrame:
+def _parse(text: str, path: Path, separator: str = ",", quote: str = '"', most: int | None = None) -> pd.DataFrame:
     """The table of a .csv text, without titles above its header."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
@@ -184,7 +189,7 @@ def _parse(text: str, path: Path, separator: str = ",", quote: str = '"') -> pd.
     try:
         frame = pd.read_csv(
             io.StringIO(text), sep=separator, quotechar=quote, skipinitialspace=True, low_memory=False,
-            decimal="." if separator == "," else decimal,
+            decimal="." if separator == "," else decimal, nrows=most,
         )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError) as error:
         reason = str(error).strip().splitlines()[0]

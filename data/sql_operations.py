@@ -24,8 +24,6 @@ from .sql_slots import Bind, Slots, by_group, chained, joined
 Rows = list[tuple[Any, ...]]
 Gold = Callable[[Slots], Rows]
 NAMES = re.compile(r"\{([A-Z])\}")
-# What other databases call a function, for which SQLite has another name.
-FOREIGN = {"avg": "mean", "count": "num", "sum": "sumof", "strftime": "year", "date": "to_date", "max": "maximum"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class SqlOperation:
             thought=self.thought.format(**slots),
             code=self.sql.format(**slots),
             slip=(self.slip[0].format(**slots), self.slip[1].format(**slots)),
-            columns=tuple(dict.fromkeys(slots[key] for key in NAMES.findall(self.sql) if key != "V")),
+            columns=tuple(dict.fromkeys(slots[key.lower()] for key in NAMES.findall(self.sql) if key != "V")),
         )
 
 
@@ -316,33 +314,3 @@ SQL_OPERATIONS: tuple[SqlOperation, ...] = (
         ("number of rows with a partner", "SELECT count(DISTINCT {P}.{R}) AS n " + JOINED),
     ),
 )  # fmt: skip
-
-
-def failing_queries(question: Question, database: Database, rng: Random) -> list[tuple[str, str]]:
-    """Wrong forms of a question's query that must fail, each with the thought that follows the error."""
-    found = []
-    known = {table.name.lower() for table in database.tables}
-    known |= {str(name).lower() for table in database.tables for name in table.frame.columns}
-    bare = [name for name in question.columns if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", question.code)]
-    tables = {table.name for table in database.tables}
-    for kind, names in (("table", [n for n in bare if n in tables]), ("column", [n for n in bare if n not in tables])):
-        if not names:
-            continue
-        name = rng.choice(names)
-        wrong = _misspelt(name, rng)
-        if wrong.lower() not in known:
-            query = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", wrong, question.code)
-            found.append((query, f"There is no {kind} {wrong}. The name is {name}."))
-    used = [function for function in FOREIGN if f"{function}(" in question.code]
-    if used:
-        name = rng.choice(used)
-        query = question.code.replace(f"{name}(", f"{FOREIGN[name]}(")
-        found.append((query, f"SQLite has no function {FOREIGN[name]}. It is {name}."))
-    found.append((question.code.replace(" FROM ", ", FROM ", 1), "There is a comma too many before FROM."))
-    return found
-
-
-def _misspelt(name: str, rng: Random) -> str:
-    """A name with a letter left out or doubled."""
-    at = rng.choice([place for place, mark in enumerate(name) if mark.isalpha()] or [0])
-    return name[:at] + name[at + 1 :] if len(name) > 3 and rng.random() < 0.5 else name[: at + 1] + name[at:]

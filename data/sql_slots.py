@@ -285,8 +285,8 @@ def chain(database: Database, rng: Random) -> Slots | None:
         for middle, third, far in database.links:
             if middle is parent and third is not child:
                 for label in third.roles.labels:
-                    ends = {**_link(child, parent, key), "third": third}
-                    found.append({**ends, **names(q=third.name, j=far.columns[0], s=far.targets[0], l=label)})
+                    joins = {**_link(child, parent, key), "third": third}
+                    found.append({**joins, **names(q=third.name, j=far.columns[0], s=far.targets[0], l=label)})
     slots = _pick(found, rng)
     if slots is None:
         return None

@@ -112,7 +112,7 @@ def describe(file: str, frame: pd.DataFrame) -> str:
     return f'read_csv("{file}"), {len(frame)} rows: {columns}'
 
 
-def clean(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Dropped]]:
+def clean(frame: pd.DataFrame, max_name: int = MAX_NAME) -> tuple[pd.DataFrame, list[Dropped]]:
     """The columns that can be named and asked about, under stripped names, and those left out, each with the reason."""
     frame = frame.rename(columns=lambda name: str(name).strip().strip("'\"").strip())
     frame = frame.replace([np.inf, -np.inf], np.nan)
@@ -122,9 +122,9 @@ def clean(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Dropped]]:
     for place, name in enumerate(frame.columns):
         if name.startswith("Unnamed:") or not name:
             omitted.append(Dropped(f"column {place + 1}", "no name"))
-        elif not quotable(name):
+        elif not quotable(name, max_name):
             omitted.append(
-                Dropped(name, f"its name is over {MAX_NAME} characters, or has quotes, braces or line breaks")
+                Dropped(name, f"its name is over {max_name} characters, or has quotes, braces or line breaks")
             )
         elif name.lower() in taken:
             omitted.append(Dropped(name, "another column has its name"))
@@ -147,14 +147,16 @@ def _numbers(column: pd.Series) -> pd.Series:
     return numbers if numbers.notna().sum() > 0.9 * len(column) else column
 
 
-def accept(name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> Table | Dropped:
+def accept(
+    name: str, frame: pd.DataFrame, *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS, max_name: int = MAX_NAME
+) -> Table | Dropped:
     """Clean `frame` and make it a Table, or say why it cannot be one."""
     frame = frame.dropna(how="all")
     if len(frame) < min_rows:
         return Dropped(name, f"under {min_rows} rows")
     if len(frame) > max_rows:
         return Dropped(name, f"over {max_rows} rows")
-    frame, omitted = clean(frame)
+    frame, omitted = clean(frame, max_name)
     if frame.empty:
         return Dropped(name, "no usable column: none can be named and has two values")
     if not roles(frame).numeric:
@@ -176,7 +178,9 @@ def _sklearn_frames() -> Iterable[tuple[str, pd.DataFrame]]:
         yield name, frame
 
 
-def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list[Table], list[Dropped]]:
+def bundled(
+    *, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS, max_name: int = MAX_NAME
+) -> tuple[list[Table], list[Dropped]]:
     """The tables that the installed scikit-learn and statsmodels carry.
 
     Raises:
@@ -186,11 +190,13 @@ def bundled(*, min_rows: int = MIN_ROWS, max_rows: int = MAX_ROWS) -> tuple[list
     dropped: list[Dropped] = []
     if importlib.util.find_spec("sklearn"):
         for name, frame in _sklearn_frames():
-            _sort(accept(name, frame, min_rows=min_rows, max_rows=max_rows), tables, dropped)
+            _sort(accept(name, frame, min_rows=min_rows, max_rows=max_rows, max_name=max_name), tables, dropped)
     spec = importlib.util.find_spec("statsmodels")
     if spec and spec.submodule_search_locations:
         root = Path(spec.submodule_search_locations[0]) / "datasets"
-        _read_all(sorted(root.glob("*/*.csv")), root, tables, dropped, min_rows=min_rows, max_rows=max_rows)
+        _read_all(
+            sorted(root.glob("*/*.csv")), root, tables, dropped, min_rows=min_rows, max_rows=max_rows, max_name=max_name
+        )
     if not tables:
         raise UserError("no bundled table was found; install groupwise[data] or name a folder of them, tables=DIR.")
     return tables, dropped
@@ -202,6 +208,7 @@ def find_tables(
     min_rows: int = MIN_ROWS,
     max_rows: int = MAX_ROWS,
     suffixes: Sequence[str] = SUFFIXES,
+    max_name: int = MAX_NAME,
 ) -> tuple[list[Table], list[Dropped]]:
     """The usable tables of `folder` (.csv, .tsv, .xlsx and SQLite files under it) or the bundled ones, and the dropped.
 
@@ -211,19 +218,21 @@ def find_tables(
         folder: a folder of tables; None for the bundled ones.
         min_rows, max_rows: limits in rows, both inclusive.
         suffixes: of the files that are read.
+        max_name: the most characters of a column's name; columns with longer ones are left out, since a small model
+            copies short names only.
 
     Raises:
         UserError: the folder is missing or holds no such file, or no table can be used.
     """
     if folder is None:
-        return bundled(min_rows=min_rows, max_rows=max_rows)
+        return bundled(min_rows=min_rows, max_rows=max_rows, max_name=max_name)
     paths, dropped = find_files(folder, suffixes)
     if not paths:
         raise UserError(
             f"the folder of tables {folder} holds no .csv file, workbook or database; put two tables there."
         )
     tables: list[Table] = []
-    _read_all(paths, Path(folder), tables, dropped, min_rows=min_rows, max_rows=max_rows)
+    _read_all(paths, Path(folder), tables, dropped, min_rows=min_rows, max_rows=max_rows, max_name=max_name)
     if not tables:
         reasons = "; ".join(f"{drop.source}: {drop.reason}" for drop in dropped[:3])
         raise UserError(f"none of the {len(paths)} files in {folder} can be used ({reasons}); add numeric tables.")
@@ -231,7 +240,14 @@ def find_tables(
 
 
 def _read_all(
-    paths: list[Path], root: Path, tables: list[Table], dropped: list[Dropped], *, min_rows: int, max_rows: int
+    paths: list[Path],
+    root: Path,
+    tables: list[Table],
+    dropped: list[Dropped],
+    *,
+    min_rows: int,
+    max_rows: int,
+    max_name: int,
 ) -> None:
     for path in paths:
         source = path.relative_to(root).as_posix()
@@ -243,7 +259,7 @@ def _read_all(
                     dropped.append(Dropped(where, frame))
                     continue
                 name = free_name(f"{stem}_{identifier(part)}" if part else stem, {table.name for table in tables})
-                result = accept(name, frame, min_rows=min_rows, max_rows=max_rows)
+                result = accept(name, frame, min_rows=min_rows, max_rows=max_rows, max_name=max_name)
                 _sort(replace(result, source=where) if isinstance(result, Dropped) else result, tables, dropped)
         except UserError as error:
             dropped.append(Dropped(source, str(error).replace(str(path), path.name)))

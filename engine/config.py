@@ -127,13 +127,9 @@ class ModelConfig:
 class DataConfig:
     """Tables, tasks and expert trajectories."""
 
-    tables: str = setting(
-        "", "folder of tables, .csv, .xlsx or .sqlite; empty: those bundled with scikit-learn and statsmodels"
-    )
+    tables: str = setting("", "folder of .csv, .xlsx, .sqlite; empty: tables of scikit-learn and statsmodels")
     teacher: str = setting(
-        "scripted",
-        "who writes the trajectories; scripted: programs that know the answers; MODEL@URL of an OpenAI-compatible "
-        "endpoint; a checkpoint's folder",
+        "scripted", "scripted: programs that know the answers; MODEL@URL: an OpenAI-compatible endpoint; or a folder"
     )
     detail: Literal["short", "full"] = setting(
         "short",

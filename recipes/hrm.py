@@ -148,7 +148,8 @@ def _judged(run: Run) -> list[Expert]:
     """Trajectories over the evaluation tables, as many of each stratum, made once for the run."""
     file, data, seed = run.folder / "hrm" / "judged.jsonl", run.config.data, run.config.run.seed
     if run.is_main and not file.exists():
-        sources, modes = Sources(run.config, file.parent / "tables"), shares_with_code(data.mode_shares())
+        names = json.loads((run.folder / "data" / "report.json").read_text())["evaluation_tables"]
+        sources, modes = Sources(run.config, file.parent / "tables", names), shares_with_code(data.mode_shares())
         problems = sources.evaluation_problems(data.num_eval_tasks, "hrm", modes)
         with open_sandbox(run) as sandbox:
             strata = assign_strata(problems, dict.fromkeys(STRATA, 1.0), seed)

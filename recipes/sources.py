@@ -1,7 +1,7 @@
 """What a run's questions are about: tables and databases to train on, and others to evaluate on."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +49,10 @@ class Sources:
     Args:
         config: of the run.
         folder: where the files of problems go.
+        evaluation: what a run that has its data evaluates on, by name; a folder of tables may have grown since.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, evaluation: Collection[str] | None = None) -> None:
         data = config.data
         self._config, self.folder = config, folder
         self.dropped: list[Dropped] = []
@@ -72,6 +73,11 @@ class Sources:
         databases_split = (databases, []) if one_database or not databases else split_tables(databases, seed=seed)
         self.training = Part(tables_split[0], databases_split[0])
         self.evaluation = Part(tables_split[1], databases_split[1])
+        if evaluation is not None:
+            self.evaluation = Part(
+                [table for table in tables if table.name in evaluation],
+                [database for database in databases if database.name in evaluation],
+            )
         self._views: list[View] = []
 
     def training_views(self) -> list[View]:

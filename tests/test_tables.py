@@ -112,6 +112,16 @@ def test_bad_folders_are_one_sentence(tmp_path):
         tables.split_tables([tables.Table("one", pd.DataFrame())])
 
 
+def test_longer_names_serve_where_they_are_allowed(tmp_path):
+    long = "a name of more than thirty characters"
+    (tmp_path / "t.csv").write_text(f"{long},b,c\n" + rows(30))
+    (short,), _ = tables.find_tables(tmp_path)
+    assert [drop.source for drop in short.omitted] == [long]
+    (whole,), _ = tables.find_tables(tmp_path, max_name=60)
+    assert list(whole.frame.columns) == [long, "b", "c"]
+    assert whole.omitted == ()
+
+
 def test_equal_file_names_stay_apart(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
