@@ -68,6 +68,11 @@ def deviation(values: Sequence[float] | Numbers) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
+def number_above_mean(values: Sequence[float] | Numbers) -> int:
+    """How many values lie above their mean."""
+    return int((np.asarray(values) > np.mean(values)).sum())
+
+
 def correlation(first: Numbers, second: Numbers) -> float:
     """Pearson's correlation of two arrays without NaN; NaN where one does not vary."""
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:

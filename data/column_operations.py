@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from . import slots as bind
-from .arithmetic import Numbers, column, deviation, finite, median, paired, present, skewness
+from .arithmetic import Numbers, column, deviation, finite, median, number_above_mean, paired, present, skewness
 from .questions import Operation
 
 
@@ -16,9 +16,15 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _fences(values: list[float]) -> tuple[float, float]:
+def _beyond_fences(values: list[float]) -> int:
     low, high = _quartiles(values)
-    return low - 1.5 * (high - low), high + 1.5 * (high - low)
+    reach = 1.5 * (high - low)
+    return sum(value < low - reach or value > high + reach for value in values)
+
+
+def _farthest(values: list[float]) -> float:
+    middle = math.fsum(values) / len(values)
+    return max(values, key=lambda value: abs(value - middle))
 
 
 def _filled(values: Numbers, filling: float) -> Numbers:
@@ -165,7 +171,7 @@ COLUMN_OPERATIONS: tuple[Operation, ...] = (
         ),
         'Percentage of values of "{a}" above the mean.',
         '100 * (df["{a}"] > df["{a}"].mean()).sum() / df["{a}"].count()',
-        lambda f, s: 100.0 * sum(x > np.mean(finite(f, s["a"])) for x in finite(f, s["a"])) / len(finite(f, s["a"])),
+        lambda f, s: 100.0 * number_above_mean(finite(f, s["a"])) / len(finite(f, s["a"])),
         ("number of such values", '(df["{a}"] > df["{a}"].mean()).sum()'),
         ('values = df["{a}"].dropna()\n(values > values.mean()).mean() * 100',),
     ),
@@ -191,8 +197,7 @@ COLUMN_OPERATIONS: tuple[Operation, ...] = (
         'Count the values of "{a}" outside the fences of a box plot.',
         'q1, q3 = df["{a}"].quantile([0.25, 0.75])\n'
         '((df["{a}"] < q1 - 1.5 * (q3 - q1)) | (df["{a}"] > q3 + 1.5 * (q3 - q1))).sum()',
-        lambda f,
-        s: sum(x < _fences(finite(f, s["a"]))[0] or x > _fences(finite(f, s["a"]))[1] for x in finite(f, s["a"])),
+        lambda f, s: _beyond_fences(finite(f, s["a"])),
         (
             "number of values outside the quartiles",
             '((df["{a}"] < df["{a}"].quantile(0.25)) | (df["{a}"] > df["{a}"].quantile(0.75))).sum()',
@@ -220,7 +225,7 @@ COLUMN_OPERATIONS: tuple[Operation, ...] = (
             'What is the most unusual "{a}", the one farthest from the average?',
         ),
         'Value of "{a}" farthest from its mean.', 'df.loc[(df["{a}"] - df["{a}"].mean()).abs().idxmax(), "{a}"]',
-        lambda f, s: max(finite(f, s["a"]), key=lambda x: abs(x - float(np.mean(finite(f, s["a"]))))),
+        lambda f, s: _farthest(finite(f, s["a"])),
         ("largest distance itself", '(df["{a}"] - df["{a}"].mean()).abs().max()'),
         ('distance = (df["{a}"] - df["{a}"].mean()).abs()\ndf["{a}"][distance.idxmax()]',),
     ),
@@ -368,7 +373,7 @@ COLUMN_OPERATIONS: tuple[Operation, ...] = (
             'A new column says whether "{a}" exceeds its average. In how many rows is it true?',
         ),
         'Flag the rows with "{a}" above its mean and add up.', '(df["{a}"] > df["{a}"].mean()).sum()',
-        lambda f, s: sum(x > float(np.mean(finite(f, s["a"]))) for x in finite(f, s["a"])),
+        lambda f, s: number_above_mean(finite(f, s["a"])),
         ("number of rows at or below", '(df["{a}"] <= df["{a}"].mean()).sum()'),
         ('df["flag"] = (df["{a}"] > df["{a}"].mean()).astype(int)\ndf["flag"].sum()',),
     ),

@@ -10,7 +10,8 @@ from .script import Abandoned, Outcome, Script, Turn
 from .tasks import Problem
 
 LOOK = 0.3  # share of the trajectories that look at a table first
-TABLE = re.compile(r'\b(?:FROM|JOIN)\s+("[^"]+"|\w+)', re.IGNORECASE)
+TABLE = re.compile(r'\b(?:FROM|JOIN)\s+("[^"]+"|`[^`]+`|\w+)', re.IGNORECASE)
+QUOTES = '"`'
 WRITTEN = re.compile(r"written to ([\w-]+\.csv)$")
 # What other languages call a function; neither SQLite nor DuckDB has these.
 FUNCTIONS = {"AVG": "AVERAGE", "SUM": "ADD", "MAX": "MAXIMUM", "MIN": "MINIMUM", "COUNT": "NUMBER"}
@@ -90,8 +91,8 @@ def sql_mistakes(query: str, columns: tuple[str, ...], description: str, rng: Ra
     found = []
     tables = list(dict.fromkeys(TABLE.findall(query)))
     # A name in double quotes that SQLite does not know is a text to it, and no error, unless a table stands before it.
-    named = {table.strip('"') for table in tables}
-    names = [name for name in columns if name not in named and re.search(_use(name), query)]
+    named = {table.strip(QUOTES) for table in tables}
+    names = [name for name in columns if name.strip(QUOTES) not in named and re.search(_use(name), query)]
     if names:
         name = rng.choice(names)
         if wrong := _unknown(name, description, rng):
@@ -99,18 +100,18 @@ def sql_mistakes(query: str, columns: tuple[str, ...], description: str, rng: Ra
             found.append(Mistake("wrong column", code, f'There is no column "{wrong}". The name is "{name}".'))
     if tables:
         table = rng.choice(tables)
-        name = table.strip('"')
+        name = table.strip(QUOTES)
         if wrong := _unknown(name, description, rng):
-            code = re.sub(rf'(?<![\w"]){re.escape(table)}(?![\w"])', lambda _: table.replace(name, wrong), query)
+            code = re.sub(rf'(?<![\w"`]){re.escape(table)}(?![\w"`])', lambda _: table.replace(name, wrong), query)
             found.append(Mistake("wrong table", code, f'There is no table "{wrong}". The name is "{name}".'))
     called = [name for name in FUNCTIONS if re.search(rf"\b{name}\(", query, re.IGNORECASE)]
     if called:
         name = rng.choice(called)
         code = re.sub(rf"\b{name}\(", f"{FUNCTIONS[name]}(", query, flags=re.IGNORECASE)
         found.append(Mistake("wrong function", code, f"SQL has no {FUNCTIONS[name]}. Use {name}."))
-    if ")" in query:
-        place = query.rindex(")")
-        found.append(Mistake("missing bracket", query[:place] + query[place + 1 :], "A closing bracket is missing."))
+    if call := re.search(r"\b\w+\([^()']*(?=\))", query):
+        code = query[: call.end()] + query[call.end() + 1 :]
+        found.append(Mistake("missing bracket", code, "A closing bracket is missing."))
     if re.search(r"\bFROM\b", query):
         found.append(Mistake("wrong keyword", re.sub(r"\bFROM\b", "FORM", query, count=1), "I wrote FORM for FROM."))
     return found

@@ -37,6 +37,31 @@ def small_tables(count: int = 6) -> list[Table]:
     return tables
 
 
+def rough_tables(count: int = 6) -> list[Table]:
+    """Tables with negative numbers, ties, gaps, large and small numbers, years out of order, and a correlation."""
+    tables = []
+    for number in range(count):
+        rng = np.random.default_rng(100 + number)
+        rows = 50 + number
+        below = rng.normal(0, 5, rows).round(2)
+        frame = pd.DataFrame(
+            {
+                f"time{number}": rng.permutation(np.arange(1900, 1900 + rows)),
+                f"below {number}": below,
+                f"ties{number}": rng.integers(-3, 4, rows),
+                f"gaps{number}": np.where(rng.random(rows) < 0.2, np.nan, rng.normal(10, 3, rows).round(1)),
+                f"big{number}": (rng.random(rows) * 1e5).round(),
+                f"small{number}": (rng.random(rows) + 0.1).round(3),
+                f"near{number}": (below * 2 + rng.normal(0, 3, rows)).round(3),
+                f"kind{number}": rng.choice(["a b", "c", "D-d"], rows),
+                f"code{number}": rng.integers(1, 4, rows),
+                f"name{number}": [f"n{n}" for n in range(rows)],
+            }
+        )
+        tables.append(Table(f"rough{number}", frame))
+    return tables
+
+
 def ran(ok: bool, output: str) -> Execution:
     return Execution(ok, output, "ok" if ok else "error", 0.0)
 

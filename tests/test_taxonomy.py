@@ -1,17 +1,21 @@
 import contextlib
 import io
+import itertools
 import random
+import re
 import statistics
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
-from small_tables import small_tables
+from small_tables import rough_tables, small_tables
 
-from groupwise.data import operations, questions, slots, tasks, taxonomy, views
+from groupwise.data import composition, operations, questions, slots, tasks, taxonomy, views
 from groupwise.engine.errors import UserError
 
-OPERATIONS = {operation.name: operation for operation in operations.OPERATIONS + operations.REFLECTIONS}
+OPERATIONS = {operation.name: operation for operation in taxonomy.ALL_OPERATIONS + taxonomy.ALL_REFLECTIONS}
+BASIC = {operation.name for operation in operations.OPERATIONS + operations.REFLECTIONS}
 
 
 def view_of(frame: pd.DataFrame) -> views.View:
@@ -21,8 +25,22 @@ def view_of(frame: pd.DataFrame) -> views.View:
 def printed(question: questions.Question, view: views.View) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(question.code, {"df": view.frame})
+        exec(question.code, {"df": view.frame, "np": np})
     return output.getvalue().strip()
+
+
+def computed(program: str, space: dict) -> object:
+    """The value of the last line of a program."""
+    before, _, expression = program.rpartition("\n")
+    exec(before, space)
+    return eval(expression, space)
+
+
+def is_answer(value: object, step: questions.Step) -> bool:
+    said = questions.spoken(value.item() if isinstance(value, np.generic) else value, step.shape)
+    if said is None or step.shape != "number":
+        return said == step.answer
+    return abs(float(said) - float(step.answer)) <= 1e-5 * abs(float(step.answer)) + 1e-6
 
 
 def agree(first: str, question: questions.Question) -> bool:
@@ -33,16 +51,76 @@ def agree(first: str, question: questions.Question) -> bool:
 
 @pytest.fixture(scope="module")
 def pool():
-    made = small_tables()
+    made = [*small_tables(), *rough_tables()]
     return tasks.training_views(made, 60, seed=3) + tasks.evaluation_views(made, 30, seed=3)
+
+
+def questions_about(pool, operation, rng):
+    """Views with a question each, from four rounds over all views in random order."""
+    for view in rng.sample(pool * 4, 4 * len(pool)):
+        if question := operation.ask(view, rng):
+            yield view, question
 
 
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.expression])
 def test_answers_equal_a_second_computation(pool, name):
+    """Every form of the program gives the known answer, and the slip runs and mostly gives another."""
     rng = random.Random(name)
-    asked = [(view, question) for view in pool if (question := OPERATIONS[name].ask(view, rng))]
+    operation = OPERATIONS[name]
+    asked = list(itertools.islice(questions_about(pool, operation, rng), 15))
     assert len(asked) >= 10
-    assert all(agree(printed(question, view), question) for view, question in asked)
+    assert len(set(operation.wordings)) >= 2
+    slipped = 0
+    for view, question in asked:
+        assert agree(printed(question, view), question)
+        (step,) = question.steps
+        assert step.answer == question.answer
+        for form in step.forms:
+            assert is_answer(computed(form, {"df": view.frame.copy(), "np": np}), step), form
+        slipped += not is_answer(computed(step.slips[0][1], {"df": view.frame.copy(), "np": np}), step)
+    assert slipped >= len(asked) / 3
+
+
+@pytest.mark.parametrize("chain", composition.COMPOSITIONS, ids=lambda chain: chain.name)
+def test_each_round_of_a_composed_question_has_its_known_answer(pool, chain):
+    rng = random.Random(chain.name)
+    asked = list(itertools.islice(questions_about(pool, chain, rng), 12))
+    assert len(asked) == 12
+    slipped = slips = 0
+    for view, question in asked:
+        assert len(question.steps) in chain.rounds
+        assert question.task_type == chain.task_type
+        assert agree(printed(question, view), question)
+        space = {"df": view.frame, "np": np}
+        for step in question.steps:
+            for what, wrong in step.slips:
+                assert what
+                slips += 1
+                slipped += not is_answer(computed(wrong, dict(space)), step)
+            for form in step.forms:
+                space[step.name] = computed(form, space)
+                assert is_answer(space[step.name], step), form
+        assert question.steps[-1].answer == question.answer
+        # Each answer is the input of the next.
+        for before, after in itertools.pairwise(question.steps):
+            assert re.search(rf"\b{before.name}\b", after.forms[0])
+    assert slipped > slips / 2
+
+
+def test_degenerate_chains_are_not_asked():
+    alike = view_of(pd.DataFrame({"a": [1, 2, 3] * 7, "b": [5, 5, 6] * 7}))
+    rng = random.Random(0)
+    for chain in composition.COMPOSITIONS:
+        for _ in range(30):
+            question = chain.ask(alike, rng)
+            if question is None:
+                continue
+            space = {"df": alike.frame, "np": np}
+            for step in question.steps:
+                space[step.name] = computed(step.forms[0], space)
+                rows = [len(value) for name, value in space.items() if name.startswith("rows_")]
+                assert all(count >= composition.MIN_ROWS for count in rows)
+            assert "nan" not in {step.answer for step in question.steps}
 
 
 def test_answers_by_hand():
@@ -80,6 +158,7 @@ def test_reflections_are_answered_by_the_description(pool):
             question = OPERATIONS[name].ask(view, random.Random(0))
             assert question is not None
             assert question.code == ""
+            assert question.steps == ()
             assert name == "column_count" or question.answer in text
         assert int(OPERATIONS["column_count"].ask(view, random.Random(0)).answer) == len(view.frame.columns)
 
@@ -164,7 +243,8 @@ def test_problems_are_balanced_different_and_the_same_for_a_seed(tmp_path):
     problems = make(0)
     assert Counter(problem.task.mode for problem in problems) == {"datamind": 120, "agentic": 40, "reflection": 40}
     types = Counter(problem.task.task_type for problem in problems if problem.task.mode == "datamind")
-    assert set(types) == set(taxonomy.TASK_TYPES)
+    assert set(types) == set(taxonomy.task_types("short"))
+    assert {problem.question.operation for problem in problems} <= BASIC
     assert max(types.values()) - min(types.values()) <= 3
     assert len({(problem.task.files, problem.task.question) for problem in problems}) == 200
     assert [problem.task for problem in make(0)] == [problem.task for problem in problems]
@@ -172,6 +252,30 @@ def test_problems_are_balanced_different_and_the_same_for_a_seed(tmp_path):
     for problem in problems:
         assert pd.read_csv(problem.task.files[0]).equals(problem.view.frame)
         assert (problem.task.mode == "reflection") == (problem.question.code == "")
+
+
+def test_full_detail_asks_all_and_nothing_twice(tmp_path):
+    pool = tasks.training_views([*small_tables(), *rough_tables()], 40, seed=0)
+    modes = {"datamind": 0.8, "agentic": 0.1, "reflection": 0.1}
+
+    problems = tasks.make_problems(pool, 400, seed=0, name="t", folder=tmp_path, modes=modes, detail="full")
+    types = Counter(problem.task.task_type for problem in problems if problem.question.code)
+    assert set(types) == set(taxonomy.TASK_TYPES)
+    assert max(types.values()) - min(types.values()) <= 6
+    rounds = Counter(len(problem.question.steps) for problem in problems if problem.question.code)
+    assert set(rounds) == {1, 2, 3, 4, 5}
+    assert 0.15 <= 1 - rounds[1] / rounds.total() <= 0.4
+    same = Counter((p.task.files, p.question.operation, p.question.asked) for p in problems)
+    assert max(same.values()) == 1
+    assert {problem.question.operation for problem in problems} > BASIC
+
+
+def test_the_same_question_in_other_words_or_the_other_way_round_is_the_same():
+    view = view_of(pd.DataFrame({"a": range(20), "b": [n * n % 17 for n in range(20)]}))
+    questions_asked = [OPERATIONS["correlation"].ask(view, random.Random(seed)) for seed in range(40)]
+    found = [question for question in questions_asked if question]
+    assert len({question.text for question in found}) == 4
+    assert len({question.asked for question in found}) == 1
 
 
 def test_streams_give_different_views():
@@ -203,9 +307,20 @@ def test_shares_are_exact():
 
 
 def test_every_type_has_a_description_and_operations():
-    assert len(taxonomy.TASK_TYPES) >= 10
-    assert all(kind.operations and kind.description for kind in taxonomy.TASK_TYPES.values())
+    assert len(taxonomy.TASK_TYPES) == 18
+    for kind in taxonomy.TASK_TYPES.values():
+        assert kind.description
+        assert 2 <= len(kind.exemplars) <= 3
+        assert 3 <= len(kind.workflow) <= 6
+        assert len(kind.operations) >= 5, kind.name
     assert set(taxonomy.TASK_TYPES) == {operation.task_type for operation in OPERATIONS.values()}
+
+
+def test_short_form_has_the_basic_set():
+    short = taxonomy.task_types("short")
+    assert set(taxonomy.TASK_TYPES) - set(short) == {"causal", "domain specific"}
+    found = {one.name for kind in short.values() for one in (*kind.operations, *kind.reflections)}
+    assert found == BASIC
 
 
 def test_wordings_do_not_collide():
