@@ -250,3 +250,14 @@ def test_what_code_printed_once_is_what_it_printed(sandbox: Sandbox, table: str,
     assert [execution.ok for execution in again.executions] == [True, False, True]
     assert again.executions[2].output.startswith("True <object")
     assert again.executions[0].output != whole.executions[0].output
+
+
+def test_the_same_chunk_after_another_one_is_another_execution(sandbox: Sandbox, table: str, tmp_path: Path) -> None:
+    kept = KeptSandbox(sandbox, tmp_path / "kept.jsonl")
+    for _ in range(2):
+        for start in ("1", "2"):
+            session = kept.open([table], "python")
+            session.submit(f"x = {start}").result()
+            assert session.submit("print(x)").result().output == f"{start}\n"
+            session.close()
+    assert not kept.open([table], "python").submit("print(x)").result().ok
