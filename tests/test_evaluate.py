@@ -198,8 +198,10 @@ def test_an_evaluation_that_was_killed_goes_on_and_gives_the_same_result(
     assert not (killed / "runs" / "train" / "evaluate" / "x.json").exists()
     records = "runs/train/trajectories/evaluate/x"
     assert len((killed / records / "000002.rank0.jsonl").read_text().splitlines()) == 1
+    complete = killed / records / "000001.rank0.jsonl"
+    complete.write_text(complete.read_text().splitlines()[0] + "\n")  # and one that lost a line
     found, asked = sampled(killed, monkeypatch)
-    assert asked == ["000002", "000003", "000004"]
+    assert asked == ["000001", "000002", "000003", "000004"]
     for result in (expected, found):
         del result["asked"]["benchmark"]  # its folder
     assert found == expected
