@@ -1,6 +1,6 @@
 """Answers to questions that nobody knows the answer of: several attempts, kept where all agree and are complete.
 
-    result = reach_consensus(task, teacher, judge, sandbox, workflow=TASK_TYPES[task.task_type].workflow)
+    result = reach_consensus(task, teacher, judge, sandbox, workflow=" ".join(TASK_TYPES[task.task_type].workflow))
 
 Numbers, names and tables are compared as rewards compare them, which costs nothing; where that does not show that all
 agree, a judge reads the attempts. On disagreement its critique goes back, once: all attempts are made and judged again.

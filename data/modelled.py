@@ -1,6 +1,6 @@
 """A teacher that is a model: it writes each turn, reads what its code printed, and goes on until it answers.
 
-    script = modelled(chat, task, workflow=TASK_TYPES[task.task_type].workflow, sample=0)
+    script = modelled(chat, task, workflow=" ".join(TASK_TYPES[task.task_type].workflow), sample=0)
     attempt = play(script, task, sandbox)
 
 What is kept of a turn is its thought and its code or answer, rendered anew by the task's grammar, so that no

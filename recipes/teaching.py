@@ -9,14 +9,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..data.attempts import Attempt
 from ..data.chat import Chat, open_chat
-from ..data.consensus import NUM_ATTEMPTS, Agreement, Consensus, Disagreement, finer_workflow, reach_consensus
+from ..data.consensus import (
+    NUM_ATTEMPTS,
+    Agreement,
+    Consensus,
+    Disagreement,
+    experts_of,
+    finer_workflow,
+    reach_consensus,
+)
 from ..data.databases import Database
 from ..data.executions import KeptSandbox
 from ..data.production import Production, Work, assign_strata, scripted_works
 from ..data.queries import Repeats, Subject, synthesize_queries
-from ..data.script import Abandoned
 from ..data.tasks import shares_to_counts
 from ..data.taxonomy import TASK_TYPES
 from ..data.trajectories import Expert
@@ -129,9 +135,7 @@ class ModelTeacher:
         workflow = self._workflows[task.task_type]
         result = reach_consensus(task, self._chat, self._chat, self._sandbox, workflow=workflow)
         self._results[task.id] = result
-        if isinstance(result, Disagreement):
-            raise Abandoned(result.reason)
-        return [Expert.of(result.task, attempt, _stratum(attempt)) for attempt in result.attempts]
+        return experts_of(result)
 
     def _learn(self, tasks: Sequence[Task]) -> None:
         """Counts what agreed, in the order of the tasks, and mends the workflows of the types that seldom do."""
@@ -143,7 +147,3 @@ class ModelTeacher:
         for name in self._agreement.seldom():
             if critiques := self._critiques.pop(name, []):
                 self._workflows[name] = finer_workflow(self._chat, name, self._workflows[name], critiques)
-
-
-def _stratum(attempt: Attempt) -> str:
-    return "success" if all(execution.ok for execution in attempt.executions) else "corrected"
