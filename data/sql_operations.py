@@ -73,6 +73,7 @@ class SqlOperation:
             code=self.sql.format(**slots),
             slip=(self.slip[0].format(**slots), self.slip[1].format(**slots)),
             columns=tuple(dict.fromkeys(slots[key.lower()] for key in NAMES.findall(self.sql) if key != "V")),
+            asked=self.sql.format(**slots),
         )
 
 

@@ -109,7 +109,8 @@ def sql_mistakes(query: str, columns: tuple[str, ...], description: str, rng: Ra
         name = rng.choice(called)
         code = re.sub(rf"\b{name}\(", f"{FUNCTIONS[name]}(", query, flags=re.IGNORECASE)
         found.append(Mistake("wrong function", code, f"SQL has no {FUNCTIONS[name]}. Use {name}."))
-    if call := re.search(r"\b\w+\([^()']*(?=\))", query):
+    bare = re.sub(r"'[^']*'", lambda text: "'" * len(text[0]), query)  # brackets inside of values are none
+    if call := re.search(r"\b\w+\([^()']*(?=\))", bare):
         code = query[: call.end()] + query[call.end() + 1 :]
         found.append(Mistake("missing bracket", code, "A closing bracket is missing."))
     if re.search(r"\bFROM\b", query):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ..data.databases import Database, find_databases
 from ..data.reading import DATABASES, SUFFIXES, Dropped, find_files
-from ..data.tables import Table, find_tables, split_tables
+from ..data.tables import MAX_NAME, Table, find_tables, split_tables
 from ..data.tasks import Problem, evaluation_views, headers, make_problems, make_sql_problems, training_views
 from ..data.views import View, whole_view
 from ..engine.config import Config
 from ..rollout.grammar import GRAMMARS
 
 DESCRIPTION_CHARS = 3000  # of a table in full detail, about 1,000 tokens
+LONG_NAME = 60  # characters of a column's name in full detail
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Sources:
             suffixes = tuple(suffix for suffix in SUFFIXES if suffix not in DATABASES)
         tables: list[Table] = []
         if not databases or find_files(data.tables, suffixes)[0]:
-            tables, dropped = find_tables(data.tables or None, suffixes=suffixes)
+            max_name = LONG_NAME if data.detail == "full" else MAX_NAME
+            tables, dropped = find_tables(data.tables or None, suffixes=suffixes, max_name=max_name)
             self.dropped += dropped
         # A single one of a kind serves training, if the other kind can serve evaluation.
         seed = config.run.seed

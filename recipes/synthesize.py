@@ -64,6 +64,11 @@ def _make(run: Run, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
         "evaluation_headers": sorted(evaluation.headers),
         "shared_headers": {name: shared_headers(training.headers, found) for name, found in against.items()},
         "dropped_tables": {drop.source: drop.reason for drop in sources.dropped},
+        "omitted_columns": {
+            table.name: {drop.source: drop.reason for drop in table.omitted}
+            for table in (*training.tables, *evaluation.tables)
+            if table.omitted
+        },
     }
 
 
