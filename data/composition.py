@@ -129,7 +129,7 @@ class _Chain:
         wrong = [(what, f"{before}{slip.replace('{r}', name)}") for what, slip in slips]
         # Where the opposite rows are few, what is computed of them may be undefined.
         if rows and rows.wrong and not re.search("idx|polyfit|groupby|sort", forms[0]):
-            wrong.append(("result for the opposite rows", f"{rows.wrong}\n{forms[0].rpartition(chr(10))[2]}"))
+            wrong.append(("result for the opposite rows", forms[0].replace(rows.line, rows.wrong, 1)))
         self.rounds.append(_Round(noun, value, shape, forms, tuple(wrong), columns, rows, kind, test))
 
     def measure(self, name: str, rows: _Rows | None, b: str = "") -> None:
@@ -214,7 +214,7 @@ class _Chain:
         noun = f'the "{target}" of the row with the {end} "{a}"' + (f" among the {rows.words}" if rows else "")
         self.add(
             noun, value, {"year": "count", "label": "choice"}.get(kind, "number"),
-            (f'{{r}}.loc[{{r}}["{a}"].idxmax(), "{target}"]'.replace("idxmax", method),
+            (f'{{r}}.loc[{{r}}["{a}"].{method}(), "{target}"]',
              f'{{r}}.sort_values("{a}", ascending={end == "smallest"})["{target}"].iloc[0]'),
             ((f'"{target}" at the other end', f'{{r}}.loc[{{r}}["{a}"].{other}(), "{target}"]'),),
             (a, target), rows, kind, target,
