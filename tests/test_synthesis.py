@@ -50,7 +50,7 @@ def test_tables_and_databases_become_trajectories(tmp_path: Path, tables: Path) 
     data = synthesize(run_of(tmp_path, tables))
     report, experts = json.loads((data / "report.json").read_text()), list(read_experts(data))
     assert len(experts) == report["count"] == 90
-    assert report["strata"] == {"success": 36, "corrected": 32, "self_corrected": 13, "failure": 9}
+    assert report["strata"] == {"success": 36, "corrected": 31, "self_corrected": 14, "failure": 9}
     by_sql = [expert for expert in experts if expert.task.language == "sql"]
     assert 20 < len(by_sql) < 70
     for expert in by_sql:
@@ -166,7 +166,7 @@ def test_a_model_teaches_and_a_stopped_run_pays_for_nothing_twice(tmp_path: Path
     with serving(Analyst(stop_after=60)) as server:
         teacher = f"data.teacher={server.spec}"
         for _ in range(2):
-            with pytest.raises(UserError, match="no credit|gives no reply"):
+            with pytest.raises(UserError, match="gives no reply"):
                 synthesize(run_of(tmp_path, tables, *settings, teacher))
         server.model = Analyst()
         data = synthesize(run_of(tmp_path, tables, *settings, teacher))
