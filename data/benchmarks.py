@@ -29,6 +29,7 @@ from ..engine.errors import UserError
 from ..rewards.value_match import parse_number
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import Task
+from .metadata import describe_fully
 from .reading import read_frames
 from .scorers import Rule, labels_met
 from .tables import MAX_ROWS, Dropped, describe
@@ -88,10 +89,11 @@ class Source:
         work: where tables that stand inside of questions are written as files.
         mode: the grammar of questions about tables.
         sandbox: runs the gold queries.
+        budget: see `read_benchmark`.
     """
 
-    def __init__(self, folder: Path, work: Path, mode: str, sandbox: Sandbox) -> None:
-        self.folder, self.work, self.mode, self.sandbox = folder, work, mode, sandbox
+    def __init__(self, folder: Path, work: Path, mode: str, sandbox: Sandbox, budget: int) -> None:
+        self.folder, self.work, self.mode, self.sandbox, self.budget = folder, work, mode, sandbox, budget
         self.table = cache(self._table)
         self.schema = cache(self._schema)
 
@@ -113,9 +115,10 @@ class Source:
 
     def _table(self, path: Path) -> str:
         try:
-            return describe(path.name, pd.read_csv(path))
+            frame = pd.read_csv(path)
         except (ValueError, OSError) as error:
             raise Unusable("table cannot be read") from error
+        return describe_fully(path.name, frame, self.budget) if self.budget else describe(path.name, frame)
 
     def _schema(self, path: Path) -> str:
         """The statements that made a database's tables."""
@@ -136,7 +139,7 @@ class Source:
         return execution.table
 
 
-def read_benchmark(folder: str | Path, *, work: str | Path, mode: str, sandbox: Sandbox) -> Benchmark:
+def read_benchmark(folder: str | Path, *, work: str | Path, mode: str, sandbox: Sandbox, budget: int = 0) -> Benchmark:
     """The benchmark in ``folder``; the same tasks in the same order each time.
 
     Args:
@@ -144,13 +147,14 @@ def read_benchmark(folder: str | Path, *, work: str | Path, mode: str, sandbox: 
         work: where tables that stand inside of questions are written as files.
         mode: the grammar of questions about tables, one of ``rollout.task.MODES``.
         sandbox: runs the gold queries of SQL benchmarks.
+        budget: characters that a table's description may have; 0: its columns and their types alone.
 
     Raises:
         UserError: the folder is missing, holds no known benchmark or several, or no row of it is usable.
     """
     folder = Path(folder)
     layout, files = _recognise(folder)
-    source = Source(folder, Path(work), mode, sandbox)
+    source = Source(folder, Path(work), mode, sandbox, budget)
     items: dict[str, BenchmarkItem] = {}
     dropped: list[Dropped] = []
     for file in files:

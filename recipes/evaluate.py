@@ -42,6 +42,7 @@ from .policy import Policy, load_policy
 from .rollouts import Rollouts, my_share
 from .run import Run, launch
 from .scoreboard import draw, print_result, to_markdown
+from .sources import DESCRIPTION_CHARS
 
 NUM_EXAMPLES = 5  # trajectories kept to be looked at
 CHUNK = 32  # tasks of a rank between two steps of the progress bar
@@ -114,10 +115,12 @@ def _benchmark(run: Run, rollouts: Rollouts) -> Benchmark:
         return Benchmark("", [BenchmarkItem(task) for task in read_tasks(file)], [])
     shares = run.config.data.mode_shares()
     mode = max(("datamind", "agentic"), key=lambda name: shares[name])
-    work = run.folder / "data" / "benchmark"
+    work, budget = run.folder / "data" / "benchmark", DESCRIPTION_CHARS if run.config.data.detail == "full" else 0
 
     def read() -> Benchmark | None:
-        return read_benchmark(folder, work=work, mode=mode, sandbox=rollouts.sandbox) if run.is_main else None
+        if not run.is_main:
+            return None
+        return read_benchmark(folder, work=work, mode=mode, sandbox=rollouts.sandbox, budget=budget)
 
     found = together(run.mesh, read)[0]
     assert found is not None  # the first rank read it
