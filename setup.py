@@ -7,7 +7,18 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-FOLDERS = ["engine", "kernels", "rollout", "rollout.sandbox", "rewards", "data", "recipes", "configs"]
+FOLDERS = [
+    "engine",
+    "kernels",
+    "rollout",
+    "rollout.sandbox",
+    "rewards",
+    "data",
+    "data.asking",
+    "data.teaching",
+    "recipes",
+    "configs",
+]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text())[1]  # type: ignore[index]
 
 

@@ -25,13 +25,13 @@ from ..engine.errors import UserError
 from ..engine.metrics import ProgressBar
 from ..rewards.answer import is_right
 from ..rollout.agent import Executes
-from .attempts import play
 from .filters import Filters
 from .report import Report
-from .script import Abandoned
 from .tasks import Problem, shares_to_counts
 from .taxonomy import Detail
 from .teachers import STRATA, scripted
+from .teaching.attempts import play
+from .teaching.script import Abandoned
 from .trajectories import SHARDS, Expert, read_experts, to_line
 
 SHARD = 250

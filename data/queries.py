@@ -17,9 +17,9 @@ from random import Random
 from ..rewards.reply import Message, Sampling
 from ..rollout.grammar import neutralise
 from ..rollout.task import Language, Task
-from .chat import Chat, Refused, enclose, enclosed
 from .tasks import shares_to_counts
 from .taxonomy import TaskType
+from .teaching.chat import Chat, Refused, enclose, enclosed
 
 DEPTHS: Mapping[int, float] = {1: 0.4, 2: 0.2, 3: 0.2, 4: 0.1, 5: 0.1}
 SAMPLING = Sampling(temperature=1.0, max_tokens=512)

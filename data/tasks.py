@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from ..engine.errors import UserError
 from ..rollout.grammar import GRAMMARS
 from ..rollout.task import Language, Task
+from .asking.questions import Question
+from .asking.sql_operations import SQL_OPERATIONS
 from .databases import Database
-from .questions import Question
-from .sql_operations import SQL_OPERATIONS
 from .tables import Table
 from .taxonomy import Detail, task_types
 from .views import View, evaluation_view, training_view

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .column_operations import COLUMN_OPERATIONS
-from .composition import COMPOSITIONS, Composition
-from .group_operations import GROUP_OPERATIONS
-from .operations import OPERATIONS, REFLECTIONS
-from .questions import Operation
-from .reflections import MORE_REFLECTIONS
-from .relation_operations import RELATION_OPERATIONS
+from .asking.column_operations import COLUMN_OPERATIONS
+from .asking.composition import COMPOSITIONS, Composition
+from .asking.group_operations import GROUP_OPERATIONS
+from .asking.operations import OPERATIONS, REFLECTIONS
+from .asking.questions import Operation
+from .asking.reflections import MORE_REFLECTIONS
+from .asking.relation_operations import RELATION_OPERATIONS
 
 # How much is asked and shown: what a model from nothing can learn, or everything.
 Detail = Literal["short", "full"]

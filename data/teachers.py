@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from random import Random
 
-from .demonstrations import demonstrate
-from .mistakes import METHODS, misspell
-from .script import Abandoned, Outcome, Script, Turn
-from .sql_scripts import demonstrate_sql
 from .tasks import Problem
 from .taxonomy import Detail
+from .teaching.demonstrations import demonstrate
+from .teaching.mistakes import METHODS, misspell
+from .teaching.script import Abandoned, Outcome, Script, Turn
+from .teaching.sql_scripts import demonstrate_sql
 
 __all__ = ["STRATA", "Abandoned", "Outcome", "Script", "Turn", "scripted"]
 # Shares of the strata in Datarus-R1, arXiv 2508.13382.

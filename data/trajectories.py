@@ -18,7 +18,7 @@ from ..engine.atomic import write_atomically
 from ..engine.errors import UserError
 from ..rollout.grammar import GRAMMARS
 from ..rollout.task import Task
-from .attempts import Attempt
+from .teaching.attempts import Attempt
 
 SHARDS = "experts-*.jsonl"
 

@@ -9,8 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..data.chat import Chat, open_chat
-from ..data.consensus import (
+from ..data.databases import Database
+from ..data.production import Production, Work, assign_strata, scripted_works
+from ..data.queries import Repeats, Subject, synthesize_queries
+from ..data.tasks import shares_to_counts
+from ..data.taxonomy import TASK_TYPES
+from ..data.teaching.chat import Chat, open_chat
+from ..data.teaching.consensus import (
     NUM_ATTEMPTS,
     Agreement,
     Consensus,
@@ -19,12 +24,7 @@ from ..data.consensus import (
     finer_workflow,
     reach_consensus,
 )
-from ..data.databases import Database
-from ..data.executions import KeptSandbox
-from ..data.production import Production, Work, assign_strata, scripted_works
-from ..data.queries import Repeats, Subject, synthesize_queries
-from ..data.tasks import shares_to_counts
-from ..data.taxonomy import TASK_TYPES
+from ..data.teaching.executions import KeptSandbox
 from ..data.trajectories import Expert
 from ..data.views import View
 from ..engine.metrics import say

@@ -12,9 +12,12 @@ import pytest
 from endpoints import Said, Server, serving
 from test_modelled import READ, task_of, turns_of
 
-from groupwise.data.attempts import Attempt
-from groupwise.data.chat import Chat, open_chat
-from groupwise.data.consensus import (
+from groupwise.data.filters import Filters
+from groupwise.data.production import Production, Work
+from groupwise.data.teachers import Abandoned, Turn
+from groupwise.data.teaching.attempts import Attempt
+from groupwise.data.teaching.chat import Chat, open_chat
+from groupwise.data.teaching.consensus import (
     REFINE_SYSTEM,
     SYSTEM,
     TRIES,
@@ -28,10 +31,7 @@ from groupwise.data.consensus import (
     parse_verdict,
     reach_consensus,
 )
-from groupwise.data.executions import KeptSandbox
-from groupwise.data.filters import Filters
-from groupwise.data.production import Production, Work
-from groupwise.data.teachers import Abandoned, Turn
+from groupwise.data.teaching.executions import KeptSandbox
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tables import small_tables
 
+from groupwise.data.asking.operations import OPERATIONS
 from groupwise.data.metadata import describe_fully
-from groupwise.data.operations import OPERATIONS
 from groupwise.data.tables import Table, describe
 from groupwise.data.views import WHOLE_COLUMNS, evaluation_view, training_view, whole_view
 

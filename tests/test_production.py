@@ -15,8 +15,8 @@ from groupwise.data import production
 from groupwise.data.filters import Filters
 from groupwise.data.production import MANIFEST, Production, Work, assign_strata, made, scripted_works
 from groupwise.data.report import markdown, plot
-from groupwise.data.script import Abandoned
 from groupwise.data.tasks import make_problems, training_views
+from groupwise.data.teaching.script import Abandoned
 from groupwise.data.trajectories import read_experts
 from groupwise.engine.errors import UserError
 

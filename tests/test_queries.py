@@ -16,7 +16,6 @@ from endpoints import Said, Server, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.data.chat import Chat, open_chat
 from groupwise.data.queries import (
     MAX_CHARS,
     TRIES,
@@ -27,6 +26,7 @@ from groupwise.data.queries import (
     parse_question,
     synthesize_queries,
 )
+from groupwise.data.teaching.chat import Chat, open_chat
 from groupwise.engine.errors import UserError
 
 

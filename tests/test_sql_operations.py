@@ -8,9 +8,9 @@ from random import Random
 import pytest
 from small_databases import small_database
 
+from groupwise.data.asking.questions import Question
+from groupwise.data.asking.sql_operations import SQL_OPERATIONS
 from groupwise.data.databases import Database, find_databases
-from groupwise.data.questions import Question
-from groupwise.data.sql_operations import SQL_OPERATIONS
 from groupwise.rewards.answer import answer_correct, trajectory_correct
 from groupwise.rewards.table_match import same_result
 from groupwise.rollout.sandbox import Limits, Sandbox

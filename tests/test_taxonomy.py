@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from small_tables import rough_tables, small_tables
 
-from groupwise.data import composition, operations, questions, slots, tasks, taxonomy, views
+from groupwise.data import tasks, taxonomy, views
+from groupwise.data.asking import composition, operations, questions, slots
 from groupwise.engine.errors import UserError
 
 OPERATIONS = {operation.name: operation for operation in taxonomy.ALL_OPERATIONS + taxonomy.ALL_REFLECTIONS}

@@ -14,7 +14,7 @@ from endpoints import Naps, Said, Server, reset, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.data.chat import Chat, Cost, Refused, ReplyCache, enclose, enclosed, open_chat
+from groupwise.data.teaching.chat import Chat, Cost, Refused, ReplyCache, enclose, enclosed, open_chat
 from groupwise.engine.config import ModelConfig
 from groupwise.engine.errors import UserError
 from groupwise.engine.hf import save_hf

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 from small_tables import InProcess, ran, rough_tables, small_tables
 
-from groupwise.data import mistakes, questions, sql_scripts, tasks, teachers
+from groupwise.data import tasks, teachers
+from groupwise.data.asking import questions
+from groupwise.data.teaching import mistakes, sql_scripts
 from groupwise.rewards.answer import answer_correct
 from groupwise.rollout.task import Task
 

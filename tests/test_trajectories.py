@@ -6,9 +6,10 @@ import shutil
 import pytest
 from small_tables import InProcess, ran, small_tables, taught
 
-from groupwise.data import attempts, tasks, trajectories
-from groupwise.data.operations import OPERATIONS, REFLECTIONS
+from groupwise.data import tasks, trajectories
+from groupwise.data.asking.operations import OPERATIONS, REFLECTIONS
 from groupwise.data.teachers import STRATA
+from groupwise.data.teaching import attempts
 from groupwise.engine.errors import UserError
 from groupwise.rewards.answer import answer_correct
 from groupwise.rollout.grammar import GRAMMARS

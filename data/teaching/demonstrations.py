@@ -12,14 +12,14 @@ from random import Random
 
 import numpy as np
 
-from ..rewards.answer import answer_correct
+from ...rewards.answer import answer_correct
+from ..asking.questions import DECIMALS, Step
+from ..tables import kind
+from ..tasks import Problem
+from ..taxonomy import TASK_TYPES
 from .mistakes import Mistake, python_mistakes
 from .programs import Chunk, Writer
-from .questions import DECIMALS, Step
 from .script import Abandoned, Outcome, Script, Turn
-from .tables import kind
-from .tasks import Problem
-from .taxonomy import TASK_TYPES
 
 LOOK = 0.3  # share of the trajectories that look at the table first
 UNNOTICED = 0.5  # share of the failures that end with a wrong result instead of errors

@@ -21,12 +21,12 @@ from typing import Protocol
 
 import torch
 
-from ..engine.errors import UserError
-from ..rewards.endpoint import Endpoint
-from ..rewards.kept import Kept
-from ..rewards.local import LocalModel
-from ..rewards.reply import Message, NoReply, Reply, Sampling
-from ..rollout.grammar import neutralise
+from ...engine.errors import UserError
+from ...rewards.endpoint import Endpoint
+from ...rewards.kept import Kept
+from ...rewards.local import LocalModel
+from ...rewards.reply import Message, NoReply, Reply, Sampling
+from ...rollout.grammar import neutralise
 
 HELLO: list[Message] = [{"role": "user", "content": "Are you ready? Reply with one word."}]
 MAX_TOKENS = 2048  # of a local model's reply

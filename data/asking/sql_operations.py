@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from ..databases import Database, present
 from . import sql_slots as bind
-from .databases import Database, present
 from .questions import Question
 from .sql_slots import Bind, Slots, by_group, chained, joined
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, fields
 from hashlib import sha256
 from pathlib import Path
 
-from ..rewards.kept import Kept
-from ..rollout.agent import Executes, Runs
-from ..rollout.sandbox import Execution
-from ..rollout.task import Language
+from ...rewards.kept import Kept
+from ...rollout.agent import Executes, Runs
+from ...rollout.sandbox import Execution
+from ...rollout.task import Language
 
 
 class KeptSandbox:

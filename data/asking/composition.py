@@ -16,10 +16,10 @@ from random import Random
 
 import numpy as np
 
+from ..views import View
 from .arithmetic import Mask, Numbers, column, correlation, deviation, present
 from .composed_measures import COLUMN_MEASURES, PAIR_MEASURES
 from .questions import Question, Step, printed, spoken
-from .views import View
 
 MIN_ROWS = 4  # in a selection
 MARGIN = 0.01  # between numbers that are compared, as a share of the larger

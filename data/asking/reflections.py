@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..tables import kind
 from . import slots as bind
 from .questions import Operation
-from .tables import kind
 
 MORE_REFLECTIONS: tuple[Operation, ...] = (
     Operation(

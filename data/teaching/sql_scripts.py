@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from ..tasks import Problem
 from .mistakes import Mistake, misspell
 from .script import Abandoned, Outcome, Script, Turn
-from .tasks import Problem
 
 LOOK = 0.3  # share of the trajectories that look at a table first
 TABLE = re.compile(r'\b(?:FROM|JOIN)\s+("[^"]+"|`[^`]+`|\w+)', re.IGNORECASE)

@@ -9,7 +9,7 @@ from random import Random
 
 import pandas as pd
 
-from .questions import DECIMALS, Step
+from ..asking.questions import DECIMALS, Step
 
 CONDITION = r'(\w+)\[\1\["([^"]+)"\] ([<>=!]=?) ("[^"]*"|-?[\w.]+)\]'  # df[df["a"] > 3]
 QUOTED = re.compile(r'("[^"\n]*")')

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..views import View
 from .arithmetic import column, correlation, finite, group_means, mean, paired, present, row_of, rows_of
 from .slots import NTH, Slots, cut_of, literal
-from .views import View
 
 
 def group(view: View, rng: Random) -> Slots | None:

@@ -15,8 +15,8 @@ from random import Random
 import numpy as np
 import pandas as pd
 
+from ..views import View
 from .slots import Slots
-from .views import View
 
 DECIMALS = 3
 Gold = Callable[[pd.DataFrame, Slots], "float | int | str | bool"]

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Literal
 
-from ..rewards.answer import answer_correct, named_values, result_named
-from ..rewards.reply import Message, Sampling
-from ..rewards.table_match import same_result
-from ..rewards.value_match import normalise, parse_number, parse_numbers
-from ..rewards.verdict import quote
-from ..rollout.agent import Executes
-from ..rollout.task import Task
+from ...rewards.answer import answer_correct, named_values, result_named
+from ...rewards.reply import Message, Sampling
+from ...rewards.table_match import same_result
+from ...rewards.value_match import normalise, parse_number, parse_numbers
+from ...rewards.verdict import quote
+from ...rollout.agent import Executes
+from ...rollout.task import Task
+from ..teachers import Abandoned
+from ..trajectories import Expert
 from .attempts import Attempt, play
 from .chat import Chat, Refused, enclose, enclosed
 from .modelled import modelled
-from .teachers import Abandoned
-from .trajectories import Expert
 
 NUM_ATTEMPTS = 3
 ROUNDS = 2  # the second one after a critique

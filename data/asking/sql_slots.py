@@ -14,9 +14,9 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from .databases import Database, ForeignKey, StoredTable, present, sql_name
+from ..databases import Database, ForeignKey, StoredTable, present, sql_name
+from ..tables import quotable
 from .slots import literal, shorten
-from .tables import quotable
 
 Slots = dict[str, Any]
 Bind = Callable[[Database, Random], Slots | None]

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..tables import kind
+from ..views import View
 from .arithmetic import (
     column,
     correlation,
@@ -24,8 +26,6 @@ from .arithmetic import (
     ranks,
     residual,
 )
-from .tables import kind
-from .views import View
 
 Slots = dict[str, Any]
 NTH = {2: "2nd", 3: "3rd", 4: "4th", 5: "5th"}
