@@ -9,8 +9,6 @@ sample is left out of its group. Source: DataMind, arXiv 2509.25084, whose free-
 """
 
 import logging
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -20,9 +18,9 @@ from typing import Protocol
 import torch
 
 from ..engine.errors import UserError
-from .endpoint import Endpoint, one_line
+from .endpoint import one_line
 from .kept import Kept
-from .local import LocalModel
+from .open import open_model
 from .reply import Message, NoReply
 from .verdict import SYSTEM, Question, parse, render
 
@@ -161,8 +159,7 @@ def open_judge(
     """A judge by its name; it is asked nothing yet.
 
     Args:
-        spec: ``MODEL@http://HOST:PORT/v1``, an OpenAI-compatible endpoint whose key, if it needs one, is in the
-            environment variable OPENAI_API_KEY; or a Hugging Face folder.
+        spec: ``MODEL@http://HOST:PORT/v1`` or a Hugging Face folder, see ``open_model``.
         cache_file: its verdicts are kept there; ranks and runs may share it.
         device: of a local model; None: the CPU.
         concurrency: questions at once.
@@ -172,10 +169,7 @@ def open_judge(
         UserError: ``spec`` is neither, the folder does not hold a model, or the cache cannot be read.
     """
     cache = VerdictCache(cache_file)
-    if match := re.fullmatch(r"(.+?)@(https?://.+)", spec):
-        key = os.environ.get("OPENAI_API_KEY", "")
-        endpoint = Endpoint(match[1], match[2], api_key=key, concurrency=concurrency, timeout_s=timeout_s)
-        return Judge(endpoint, cache, spec)
-    if not Path(spec).is_dir():
-        raise UserError(f"the judge {spec!r} is neither MODEL@http://HOST:PORT/v1 nor a folder; name one of the two")
-    return Judge(LocalModel(Path(spec), device or torch.device("cpu"), concurrency, REPLY_TOKENS), cache, spec)
+    model = open_model(
+        spec, "judge", device=device, concurrency=concurrency, timeout_s=timeout_s, max_tokens=REPLY_TOKENS
+    )
+    return Judge(model, cache, spec)

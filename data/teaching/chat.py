@@ -9,7 +9,6 @@ it had no reply to, and so makes the same data.
 """
 
 import json
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -22,9 +21,8 @@ from typing import Protocol
 import torch
 
 from ...engine.errors import UserError
-from ...rewards.endpoint import Endpoint
 from ...rewards.kept import Kept
-from ...rewards.local import LocalModel
+from ...rewards.open import open_model
 from ...rewards.reply import Message, NoReply, Reply, Sampling
 from ...rollout.grammar import neutralise
 
@@ -176,8 +174,7 @@ def open_chat(
     """A teacher by its name; it is asked nothing yet.
 
     Args:
-        spec: ``MODEL@http://HOST:PORT/v1``, an OpenAI-compatible endpoint whose key, if it needs one, is in the
-            environment variable OPENAI_API_KEY; or a Hugging Face folder.
+        spec: ``MODEL@http://HOST:PORT/v1`` or a Hugging Face folder, see ``open_model``.
         cache_file: its replies are kept there; runs may share it.
         device: of a local model; None: the CPU.
         concurrency: requests at once.
@@ -187,13 +184,10 @@ def open_chat(
         UserError: ``spec`` is neither, the folder does not hold a model, or the cache cannot be read.
     """
     cache = ReplyCache(cache_file)
-    if match := re.fullmatch(r"(.+?)@(https?://.+)", spec):
-        key = os.environ.get("OPENAI_API_KEY", "")
-        endpoint = Endpoint(match[1], match[2], api_key=key, concurrency=concurrency, timeout_s=timeout_s)
-        return Chat(endpoint, cache, spec)
-    if not Path(spec).is_dir():
-        raise UserError(f"the teacher {spec!r} is neither MODEL@http://HOST:PORT/v1 nor a folder; name one of the two")
-    return Chat(LocalModel(Path(spec), device or torch.device("cpu"), concurrency, MAX_TOKENS), cache, spec)
+    model = open_model(
+        spec, "teacher", device=device, concurrency=concurrency, timeout_s=timeout_s, max_tokens=MAX_TOKENS
+    )
+    return Chat(model, cache, spec)
 
 
 def enclose(name: str, text: str) -> str:
