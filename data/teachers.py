@@ -14,10 +14,9 @@ from .tasks import Problem
 from .taxonomy import Detail
 from .teaching.demonstrations import demonstrate
 from .teaching.mistakes import METHODS, misspell
-from .teaching.script import Abandoned, Outcome, Script, Turn
+from .teaching.script import Abandoned, Script, Turn
 from .teaching.sql_scripts import demonstrate_sql
 
-__all__ = ["STRATA", "Abandoned", "Outcome", "Script", "Turn", "scripted"]
 # Shares of the strata in Datarus-R1, arXiv 2508.13382.
 STRATA = {"success": 0.40, "corrected": 0.35, "self_corrected": 0.15, "failure": 0.10}
 READ_RESULT = "The output is the answer."

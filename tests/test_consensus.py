@@ -14,7 +14,6 @@ from test_modelled import READ, task_of, turns_of
 
 from groupwise.data.filters import Filters
 from groupwise.data.production import Production, Work
-from groupwise.data.teachers import Abandoned, Turn
 from groupwise.data.teaching.attempts import Attempt
 from groupwise.data.teaching.chat import Chat, open_chat
 from groupwise.data.teaching.consensus import (
@@ -32,6 +31,7 @@ from groupwise.data.teaching.consensus import (
     reach_consensus,
 )
 from groupwise.data.teaching.executions import KeptSandbox
+from groupwise.data.teaching.script import Abandoned, Turn
 from groupwise.engine.errors import UserError
 from groupwise.rollout.sandbox import Execution, Sandbox
 from groupwise.rollout.task import Task

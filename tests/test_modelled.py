@@ -9,11 +9,11 @@ from endpoints import Said, Server, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.data.teachers import Abandoned
 from groupwise.data.teaching.attempts import Attempt, play
 from groupwise.data.teaching.chat import Chat, open_chat
 from groupwise.data.teaching.executions import KeptSandbox
 from groupwise.data.teaching.modelled import MAX_ERRORS, TRIES, instructions, modelled, parse_turn
+from groupwise.data.teaching.script import Abandoned
 from groupwise.rewards.reply import Reply
 from groupwise.rollout.grammar import GRAMMARS
 from groupwise.rollout.sandbox import Sandbox

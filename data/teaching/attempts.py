@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ...rollout.agent import Executes, Runs
 from ...rollout.sandbox import Execution
 from ...rollout.task import Task
-from ..teachers import Script, Turn
+from .script import Script, Turn
 
 MAX_OBSERVATION_CHARS = 10_000  # of one execution: Datarus-R1, arXiv 2508.13382
 

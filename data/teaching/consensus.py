@@ -22,11 +22,11 @@ from ...rewards.value_match import normalise, parse_number, parse_numbers
 from ...rewards.verdict import quote
 from ...rollout.agent import Executes
 from ...rollout.task import Task
-from ..teachers import Abandoned
 from ..trajectories import Expert
 from .attempts import Attempt, play
 from .chat import Chat, Refused, enclose, enclosed
 from .modelled import modelled
+from .script import Abandoned
 
 NUM_ATTEMPTS = 3
 ROUNDS = 2  # the second one after a critique

@@ -14,8 +14,8 @@ from typing import Literal
 from ...rewards.reply import Message, Reply, Sampling
 from ...rollout.grammar import GRAMMARS, Grammar, neutralise
 from ...rollout.task import Language, Task
-from ..teachers import Abandoned, Script, Turn
 from .chat import Chat, Refused, enclose
+from .script import Abandoned, Script, Turn
 
 TEMPERATURE = 0.7
 MAX_TURN_TOKENS = 2048
