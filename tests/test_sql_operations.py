@@ -1,5 +1,6 @@
 """Questions for SQL: a query gives the answer, which was computed without it; slips and misspelt names do not."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from groupwise.rollout.sandbox import Limits, Sandbox
 from groupwise.rollout.task import Task
 from groupwise.rollout.trajectory import Trajectory
 
-CHINOOK = Path("/work/shared/data/sqlite")
+CHINOOK = Path(os.environ.get("GROUPWISE_DATA", "")) / "sqlite"
 TYPES = {
     "counting", "aggregation", "distribution", "comparison", "ranking", "data preprocessing", "descriptive",
     "multi-hop numerical", "time-based calculation", "anomaly detection",
