@@ -33,7 +33,7 @@ types: .venv/.test
 
 # OUT=FOLDER keeps the records there, and a picture of them.
 BENCHES := compile logprob row_identity clamped_delta small_kernels sampling attention paged_attention sampler \
-	sandbox agent concurrency exact train shard step
+	sandbox agent concurrency exact train shard step synthesis
 bench: .venv/.test
 	@for name in $(BENCHES); do echo "== $$name" && \
 		$(BIN)/python -m groupwise.bench.$$name $(if $(OUT),--out $(OUT)/$$name.json) || exit 1; done

@@ -1,6 +1,6 @@
 """A folder of tables to expert trajectories: speed, memory, shares, and how alike the questions are.
 
-    python -m groupwise.bench.synthesis --tables FOLDER [--count 5000] [--out FILE]
+    python -m groupwise.bench.synthesis [--tables FOLDER] [--count 5000] [--out FILE]
 
 One run of ``recipes.synthesize`` with full detail and the scripted teacher, in a process of its own, whose memory is
 looked at every second: ``memory_growth`` is its mean over the last quarter of the time by that over the second, when
@@ -32,14 +32,14 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def main() -> None:
     own = common.parser(__doc__)
-    own.add_argument("--tables", type=Path, required=True, help="folder of tables")
+    own.add_argument("--tables", type=Path, default=None, help="folder of tables; default: those bundled")
     own.add_argument("--count", type=int, default=5000, help="trajectories")
     args = own.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "run.folder": folder,
             "run.name": "bench",
-            "data.tables": args.tables.absolute(),
+            "data.tables": args.tables.absolute() if args.tables else "",
             "data.detail": "full",
             "data.num_trajectories": args.count,
             "data.strata": "40/35/15/10",
