@@ -1,0 +1,389 @@
+"""A step of GRPO again, from its capsule: what came out of it is computed anew, and the first difference is named.
+
+    python -m groupwise.recipes.replay RUN/capsules/grpo/step-000050.rank0.safetensors [MODEL]
+
+A capsule of several ranks is replayed by as many: start it with torchrun. MODEL holds the weights from before the step:
+a Hugging Face folder, or a checkpoint, with whose moments later updates of the step are replayed too. Left out, it is
+the run's checkpoint of that step or, for step 0, the model that the run began with.
+
+In this order: the weights by their hashes; prompts; what the weights say of each token; observations, for which the
+code runs again in the sandbox; rewards and their parts; advantages; packed batches; old and reference
+log-probabilities; losses and gradient norms. Each is computed from what the capsule holds of the one before, so what is
+named first is where it began. On the same layout (ranks, device,
+threads, versions, kernels) all must be equal to the last bit; on another one floating-point numbers may differ by 1e-3,
+and by 0.05 where the model computes in bfloat16, absolutely or of their value. Status 0: nothing differs; 1: something
+does; 2: a mistake of the user.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.checkpoint import load_checkpoint
+from ..engine.config import SECTIONS, Config
+from ..engine.errors import UserError
+from ..engine.manifest import list_checkpoints
+from ..engine.reference import Reference
+from ..engine.settings import build, settings_of
+from ..engine.shard import ShardedModel
+from ..engine.step import optimise
+from ..rollout.agent import run_agent
+from ..rollout.draw import SamplingParams
+from ..rollout.grammar import GRAMMARS
+from ..rollout.recorded import Recorded
+from ..rollout.trajectory import Group, Trajectory
+from .capsule import Capsule, hashes, layout, tensors_of, token_logprobs
+from .grpo import mixing, objective, set_advantages, to_examples, to_minibatches
+from .policy import Policy, compute_dtype, load_policy, load_reference
+from .rewarding import Rewarding
+from .rollouts import agent_limits, open_sandbox
+from .run import Run, launch
+from .training import new_optimizer
+
+DIFFERS = 1  # status
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # absolute and relative, on another layout
+
+
+class Difference(NamedTuple):
+    """Something that came out otherwise."""
+
+    where: str
+    then: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"{self.where}: {_shown(self.then)} in the capsule, {_shown(self.now)} again"
+
+
+Differences = Iterator[Difference]
+
+
+class Replay:
+    """The stages of a step, each of which gives what differs, in order. Every rank calls them together.
+
+    Args:
+        run: with the capsule's configuration.
+        capsule: of this rank.
+        model: folder of the weights, None for the run's own.
+
+    Raises:
+        UserError: the weights are not there or are of another model.
+    """
+
+    def __init__(self, run: Run, capsule: Capsule, model: Path | None) -> None:
+        self._run, self._capsule, self._step = run, capsule, int(capsule.facts["step"])
+        self._first = Path(run.config.model.folder or run.folder / "sft" / "model")
+        self._policy, self._moments = self._load(model)
+        self.is_same_layout = layout(run.mesh) == capsule.facts["layout"]
+        self._tolerance = 0.0 if self.is_same_layout else TOLERANCES[compute_dtype(run)]
+        self.stages: dict[str, Callable[[], Differences]] = {
+            "weights": self.weights,
+            "prompts": self.prompts,
+            "tokens": self.tokens,
+            "observations": self.observations,
+            "rewards": self.rewards,
+            "advantages": self.advantages,
+            "packed batches": self.batches,
+            "log-probabilities": self.logprobs,
+            "losses and gradient norms": self.updates,
+        }
+
+    def _load(self, model: Path | None) -> tuple[Policy, Path | None]:
+        """The policy before the step, and the checkpoint with its moments, where it is one."""
+        if model is None:
+            model = _weights_of(self._run.folder / "grpo" / "checkpoints", self._step, self._first)
+        if not model.is_dir():
+            raise UserError(f"there is no model {model}; give a Hugging Face folder or a checkpoint")
+        if not list_checkpoints(model):
+            return load_policy(self._run, model), None
+        policy = load_policy(self._run, self._first)
+        load_checkpoint(model, model=policy.model, optimizer=None, mesh=self._run.mesh)
+        return policy, model
+
+    def weights(self) -> Differences:
+        """Master weights before the step, by the hash of this rank's part of each."""
+        then, now = self._capsule.facts["weights"], hashes(self._policy.model)
+        for name in [*now, *(name for name in then if name not in now)]:
+            yield from self._compare(f"hash of {name}", then.get(name), now.get(name))
+
+    def prompts(self) -> Differences:
+        """The ids of the prompts, rendered anew."""
+        tokenizer = self._policy.tokenizer
+        for trajectory in _members(self._capsule.rounds()):
+            now = tokenizer.encode(GRAMMARS[trajectory.task.mode].prompt(trajectory.task, tokenizer))
+            yield from self._compare_lists(f"{trajectory.name}, token id", trajectory.spans[0].token_ids, now)
+
+    def tokens(self) -> Differences:
+        """The log-probability of each token by the weights before the step: an altered token has another one."""
+        rounds, then = self._capsule.rounds(), self._capsule.tensors["trainer_logprob"]
+        now, start = token_logprobs(self._run, self._policy.model, rounds), 0
+        for trajectory in _members(rounds):
+            ids = trajectory.token_ids
+            here = slice(start, start + len(ids))
+            start += len(ids)
+            place = _first_place(then[here], now[here], self._tolerance)
+            if place is not None:
+                where = f"{trajectory.name}, log-probability of token {place} (id {ids[place]})"
+                yield Difference(where, then[here][place].item(), now[here][place].item())
+
+    def observations(self) -> Differences:
+        """What the code printed, what the model read of it, and how the trajectories ended."""
+        limits = dataclasses.replace(agent_limits(self._run.config.rollout), max_wall_s=None)
+        with open_sandbox(self._run) as sandbox:
+            for group in (group for groups in self._capsule.rounds() for group in groups):
+                (again,) = run_agent(
+                    Recorded(group, self._policy.tokenizer),
+                    sandbox,
+                    [group.task],
+                    tokenizer=self._policy.tokenizer,
+                    num_generations=len(group.trajectories),
+                    params=SamplingParams(),
+                    limits=limits,
+                    seed=0,
+                )
+                for then, now in zip(group.trajectories, again.trajectories, strict=True):
+                    yield from self._compare_trajectories(then, now)
+
+    def _compare_trajectories(self, then: Trajectory, now: Trajectory) -> Differences:
+        for number, (one, other) in enumerate(zip(then.executions, now.executions, strict=False)):
+            for name in ("verdict", "output", "table"):
+                where = f"{then.name}, {name} of execution {number}"
+                yield from self._compare(where, getattr(one, name), getattr(other, name))
+        for number, (span, other_span) in enumerate(zip(then.spans, now.spans, strict=False)):
+            where = f"{then.name}, span {number}"
+            yield from self._compare(f"{where}, writer", span.writer, other_span.writer)
+            yield from self._compare_lists(f"{where} ({span.writer}), token id", span.token_ids, other_span.token_ids)
+        if then.status != "time_limit":  # that end was the clock's
+            yield from self._compare(f"{then.name}, executions", len(then.executions), len(now.executions))
+            yield from self._compare(f"{then.name}, spans", len(then.spans), len(now.spans))
+            for name in ("status", "answer"):
+                yield from self._compare(f"{then.name}, {name}", getattr(then, name), getattr(now, name))
+
+    def rewards(self) -> Differences:
+        """Rewards and their parts, of the trajectories in the capsule."""
+        then, now = self._capsule.rounds(), self._capsule.rounds()
+        tasks = [group.task for groups in then for group in groups]
+        rewarding = Rewarding(self._run, self._policy.tokenizer, tasks)
+        for groups in now:
+            rewarding.score(groups, self._step)
+        for one, other in zip(_members(then), _members(now), strict=True):
+            for name in dict.fromkeys([*other.rewards, *one.rewards]):
+                yield from self._compare(f"{one.name}, rewards/{name}", one.rewards.get(name), other.rewards.get(name))
+            yield from self._compare(f"{one.name}, scored", one.scored, other.scored)
+            yield from self._compare(f"{one.name}, reward", one.reward, other.reward)
+
+    def advantages(self) -> Differences:
+        """Advantages, by the rewards in the capsule."""
+        now = self._capsule.rounds()
+        for group in (group for groups in now for group in groups):
+            for trajectory in group.trajectories:
+                trajectory.advantage = 0.0
+            set_advantages(group, self._run)
+        for one, other in zip(_members(self._capsule.rounds()), _members(now), strict=True):
+            yield from self._compare(f"{one.name}, advantage", one.advantage, other.advantage)
+
+    def batches(self) -> Differences:
+        """What is learnt from: ids, positions, bounds, weights, advantages, the sampler's log-probabilities."""
+        groups = [group for groups in self._capsule.rounds() for group in groups]
+        then, now = self._capsule.minibatches("cpu"), to_minibatches(self._run, groups, self._capsule.imitated())
+        yield from self._compare("mini-batches", len(then), len(now))
+        for part, (ours, theirs) in enumerate(zip(then, now, strict=False)):
+            yield from self._compare(f"micro-batches of mini-batch {part}", len(ours), len(theirs))
+            for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+                again = tensors_of(other)
+                for name, tensor in tensors_of(one).items():
+                    if name not in ("old_logprob", "ref_logprob"):
+                        yield from self._compare_tensors(part, number, name, tensor, again.get(name))
+
+    def logprobs(self) -> Differences:
+        """Of the policy before the step, and of the reference, on the batches in the capsule."""
+        temperature = self._run.config.rollout.temperature
+        models: dict[str, ShardedModel | Reference] = {}
+        if self._capsule.facts["first_update"] == 0:  # else they are of weights that the capsule does not know
+            models["old_logprob"] = self._policy.model
+        if self._run.config.grpo.beta:
+            models["ref_logprob"] = load_reference(self._run, self._first)
+        for part, batches in enumerate(self._capsule.minibatches(self._run.mesh.device)):
+            for number, batch in enumerate(batches):
+                for name, model in models.items():
+                    then = getattr(batch, name)
+                    if then is not None:
+                        now = model.logprobs(batch, temperature)
+                        yield from self._compare_tensors(part, number, name, then, now)
+
+    def updates(self) -> Differences:
+        """Loss, gradient norm and statistics of the first update, and of the others where there are moments."""
+        settings, mesh, facts = self._run.config.optimizer, self._run.mesh, self._capsule.facts
+        optimizer = new_optimizer(settings, self._policy, 0.0)
+        if self._moments is not None:
+            load_checkpoint(self._moments, model=self._policy.model, optimizer=optimizer, mesh=mesh)
+        minibatches = self._capsule.minibatches(mesh.device)
+        gamma = mixing(self._run.config.grpo)(self._step)
+        loss_fn = partial(objective(self._run.config.grpo, self._run.config.rollout.temperature), gamma=gamma)
+        updates = list(enumerate(facts["updates"]))[facts["first_update"] :]
+        for number, then in updates if self._moments is not None else updates[:1]:
+            update = optimise(
+                self._policy.model,
+                optimizer,
+                minibatches[then["minibatch"]],
+                loss_fn,
+                mesh=mesh,
+                lr=then["lr"],
+                max_grad_norm=settings.max_grad_norm,
+                reduce_every_microbatch=settings.reduce_every_microbatch,
+            )
+            now = dataclasses.asdict(update)
+            for name in ("loss", "grad_norm", "skipped"):
+                yield from self._compare(f"update {number}, {name}", then[name], now[name])
+            for name in dict.fromkeys([*then["stats"], *now["stats"]]):
+                where = f"update {number}, statistic {name}"
+                yield from self._compare(where, then["stats"].get(name), now["stats"].get(name))
+
+    # Comparisons -----------------------------------------------------------------------------------------------
+
+    def _compare(self, where: str, then: object, now: object) -> Differences:
+        if isinstance(then, float) and isinstance(now, float):
+            pair = torch.tensor([then, now], dtype=torch.float64)
+            same = _first_place(pair[:1], pair[1:], self._tolerance) is None
+        else:
+            same = then == now
+        if not same:
+            yield Difference(where, then, now)
+
+    def _compare_lists(self, where: str, then: Sequence[int], now: Sequence[int]) -> Differences:
+        for place, (one, other) in enumerate(zip(then, now, strict=False)):
+            yield from self._compare(f"{where} {place}", one, other)
+        yield from self._compare(f"{where}s", len(then), len(now))
+
+    def _compare_tensors(
+        self, part: int, number: int, name: str, then: Tensor | None, now: Tensor | None
+    ) -> Differences:
+        where = f"micro-batch {number} of mini-batch {part}, {name}"
+        if then is None or now is None or then.shape != now.shape:
+            found = [None if tensor is None else list(tensor.shape) for tensor in (then, now)]
+            yield Difference(f"{where}, shape", *found)
+            return
+        then, now = then.cpu(), now.cpu()
+        place = _first_place(then, now, self._tolerance)
+        if place is not None:
+            yield Difference(
+                f"{where}[{place}]{self._whose(part, number, name, place)}", then[place].item(), now[place].item()
+            )
+
+    def _whose(self, part: int, number: int, name: str, place: int) -> str:
+        """Which example the place of a batch belongs to, in words."""
+        batch = self._capsule.minibatches("cpu")[part][number]
+        if name in ("cu_seqlens", "prefix"):
+            return ""
+        sequence, position = int(batch.sequence_ids[place]), int(batch.positions[place])
+        groups = [group for groups in self._capsule.rounds() for group in groups]
+        examples, names = to_examples(self._run.config, groups, self._capsule.imitated())[part]
+        bearing = [name for example, name in zip(examples, names, strict=True) if example.loss_tokens]
+        whose = bearing[sequence] if 0 <= sequence < len(bearing) else "a shared prompt or padding"
+        return f" ({whose}, position {position})"
+
+
+def replay(run: Run) -> None:
+    """Runs the stages until one differs, and says what; then ends the process with status 1.
+
+    Raises:
+        UserError: the launch has another number of ranks than the capsule, or the ranks' capsules are of several steps.
+    """
+    path, model = _arguments(sys.argv[1:])
+    capsule = Capsule(path)
+    facts, mesh = capsule.facts, run.mesh
+    if facts["layout"]["world_size"] != mesh.world_size:
+        ranks = facts["layout"]["world_size"]
+        raise UserError(
+            f"{path} is of {ranks} ranks and this launch has {mesh.world_size}; "
+            f"start it with torchrun --standalone --nproc-per-node {ranks}"
+        )
+    if len({str((each["phase"], each["step"], each["config"])) for each in mesh.all_gather_object(facts)}) > 1:
+        raise UserError(
+            f"the capsules beside {path} are of other steps or configurations; keep those of one run together"
+        )
+    again = Replay(run, capsule, model)
+    run.say(f"step {facts['step']} of {facts['phase']} from {path}")
+    if not again.is_same_layout:
+        run.say(f"another layout than the capsule's: floating-point numbers may differ by {again._tolerance:g}")
+    for name, stage in again.stages.items():
+        found = mesh.all_gather_object(list(stage()))  # the whole stage: there are collectives in it
+        first = next(((rank, ones[0]) for rank, ones in enumerate(found) if ones), None)
+        if first is not None:
+            run.say(f"{name} differ, first on rank {first[0]}: {first[1]}")
+            mesh.close()
+            sys.exit(DIFFERS)
+        run.say(f"{name}: as they were")
+    run.say("nothing differs")
+
+
+def _weights_of(checkpoints: Path, step: int, first: Path) -> Path:
+    """Where a run has the weights from before a step."""
+    found = [path for path in list_checkpoints(checkpoints) if path.name.endswith(f"-step-{step}")]
+    if not found and step:
+        raise UserError(f"there is no checkpoint of step {step} in {checkpoints}; name a model folder or a checkpoint")
+    return found[0] if found else first
+
+
+def _first_place(then: Tensor, now: Tensor, tolerance: float) -> int | None:
+    """The first index at which two tensors [n] differ; NaN is like NaN."""
+    if then.is_floating_point():
+        same = torch.isclose(now.to(then.dtype), then, rtol=tolerance, atol=tolerance, equal_nan=True)
+    else:
+        same = then == now
+    return None if bool(same.all()) else int((~same).nonzero()[0])
+
+
+def _members(rounds: Sequence[Sequence[Group]]) -> list[Trajectory]:
+    return [trajectory for groups in rounds for group in groups for trajectory in group.trajectories]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} … {text[-100:]}"
+
+
+def _arguments(argv: Sequence[str]) -> tuple[Path, Path | None]:
+    """This rank's capsule, and the folder of the weights."""
+    if not 1 <= len(argv) <= 2:
+        raise UserError(f"{len(argv)} arguments, expected CAPSULE [MODEL]; see --help")
+    rank, path = os.environ.get("RANK", "0"), Path(argv[0])
+    mine = path.with_name(re.sub(r"\.rank\d+\.", f".rank{rank}.", path.name)) if "WORLD_SIZE" in os.environ else path
+    return mine, Path(argv[1]) if len(argv) == 2 else None
+
+
+def configuration(argv: Sequence[str]) -> Config:
+    """The configuration of a command line's capsule, with the run folder that the capsule lies in.
+
+    Raises:
+        UserError: there is no whole capsule, it is of no GRPO step, or this version has other settings.
+    """
+    path, _ = _arguments(argv)
+    capsule = Capsule(path)
+    if capsule.facts["phase"] != "grpo":
+        raise UserError(f"{path} is of a step of {capsule.facts['phase']}, expected one of grpo")
+    sections = {}
+    try:
+        for name, cls in SECTIONS.items():
+            fixed = {field.name for field in dataclasses.fields(cls)} - {field.name for field in settings_of(cls)}
+            stored = capsule.facts["config"][name].items()
+            sections[name] = build(name, cls, {key: value for key, value in stored if key not in fixed})
+    except (UserError, KeyError) as error:
+        raise UserError(
+            f"{path} is of another version's configuration: {error}; replay it with that version"
+        ) from error
+    folder = path.absolute().parents[2]
+    sections["run"] = dataclasses.replace(sections["run"], name=folder.name, folder=str(folder.parent))
+    return Config(**sections)
+
+
+if __name__ == "__main__":
+    launch(replay, claim=False, configure=configuration)
