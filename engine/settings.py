@@ -124,8 +124,9 @@ def step_numbers(key: str, text: str) -> frozenset[int]:
         UserError: there is something else between the commas.
     """
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if wrong := next((part for part in parts if not part.isdecimal()), None):
-        raise UserError(f'{key} is {text!r} and {wrong!r} is no step; expected numbers from 0 on such as "0,50,100"')
+    wrong = [part for part in parts if not part.isdecimal()]
+    if wrong:
+        raise UserError(f'{key} is {text!r} and {wrong[0]!r} is no step; expected numbers from 0 on such as "0,50,100"')
     return frozenset(map(int, parts))
 
 

@@ -82,8 +82,8 @@ class Replay:
         self._run, self._capsule, self._step = run, capsule, int(capsule.facts["step"])
         self._first = Path(run.config.model.folder or run.folder / "sft" / "model")
         self._policy, self._moments = self._load(model)
-        self.is_same_layout = layout(run.mesh) == capsule.facts["layout"]
-        self._tolerance = 0.0 if self.is_same_layout else TOLERANCES[compute_dtype(run)]
+        is_same = layout(run.mesh) == capsule.facts["layout"]
+        self.tolerance = 0.0 if is_same else TOLERANCES[compute_dtype(run)]
         self.stages: dict[str, Callable[[], Differences]] = {
             "weights": self.weights,
             "prompts": self.prompts,
@@ -108,6 +108,16 @@ class Replay:
         load_checkpoint(model, model=policy.model, optimizer=None, mesh=self._run.mesh)
         return policy, model
 
+    def first_difference(self) -> str:
+        """Runs the stages until one differs on any rank, and says where; empty: nothing differs."""
+        for name, stage in self.stages.items():
+            found = self._run.mesh.all_gather_object(list(stage()))  # to its end: there are collectives in it
+            for rank, differences in enumerate(found):
+                if differences:
+                    return f"{name} differ, first on rank {rank}: {differences[0]}"
+            self._run.say(f"{name}: as they were")
+        return ""
+
     def weights(self) -> Differences:
         """Master weights before the step, by the hash of this rank's part of each."""
         then, now = self._capsule.facts["weights"], hashes(self._policy.model)
@@ -129,7 +139,7 @@ class Replay:
             ids = trajectory.token_ids
             here = slice(start, start + len(ids))
             start += len(ids)
-            place = _first_place(then[here], now[here], self._tolerance)
+            place = _first_place(then[here], now[here], self.tolerance)
             if place is not None:
                 where = f"{trajectory.name}, log-probability of token {place} (id {ids[place]})"
                 yield Difference(where, then[here][place].item(), now[here][place].item())
@@ -252,7 +262,7 @@ class Replay:
     def _compare(self, where: str, then: object, now: object) -> Differences:
         if isinstance(then, float) and isinstance(now, float):
             pair = torch.tensor([then, now], dtype=torch.float64)
-            same = _first_place(pair[:1], pair[1:], self._tolerance) is None
+            same = _first_place(pair[:1], pair[1:], self.tolerance) is None
         else:
             same = then == now
         if not same:
@@ -272,7 +282,7 @@ class Replay:
             yield Difference(f"{where}, shape", *found)
             return
         then, now = then.cpu(), now.cpu()
-        place = _first_place(then, now, self._tolerance)
+        place = _first_place(then, now, self.tolerance)
         if place is not None:
             yield Difference(
                 f"{where}[{place}]{self._whose(part, number, name, place)}", then[place].item(), now[place].item()
@@ -312,17 +322,13 @@ def replay(run: Run) -> None:
         )
     again = Replay(run, capsule, model)
     run.say(f"step {facts['step']} of {facts['phase']} from {path}")
-    if not again.is_same_layout:
-        run.say(f"another layout than the capsule's: floating-point numbers may differ by {again._tolerance:g}")
-    for name, stage in again.stages.items():
-        found = mesh.all_gather_object(list(stage()))  # the whole stage: there are collectives in it
-        first = next(((rank, ones[0]) for rank, ones in enumerate(found) if ones), None)
-        if first is not None:
-            run.say(f"{name} differ, first on rank {first[0]}: {first[1]}")
-            mesh.close()
-            sys.exit(DIFFERS)
-        run.say(f"{name}: as they were")
-    run.say("nothing differs")
+    if again.tolerance:
+        run.say(f"another layout than the capsule's: floating-point numbers may differ by {again.tolerance:g}")
+    difference = again.first_difference()
+    run.say(difference or "nothing differs")
+    if difference:
+        mesh.close()
+        sys.exit(DIFFERS)
 
 
 def _weights_of(checkpoints: Path, step: int, first: Path) -> Path:
@@ -378,7 +384,7 @@ def configuration(argv: Sequence[str]) -> Config:
             sections[name] = build(name, cls, {key: value for key, value in stored if key not in fixed})
     except (UserError, KeyError) as error:
         raise UserError(
-            f"{path} is of another version's configuration: {error}; replay it with that version"
+            f"{path} has a configuration of another version: {error}; replay it with that version"
         ) from error
     folder = path.absolute().parents[2]
     sections["run"] = dataclasses.replace(sections["run"], name=folder.name, folder=str(folder.parent))
