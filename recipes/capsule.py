@@ -122,9 +122,7 @@ class Capture:
             "weights": self._weights,
             "first_update": self._first,
             "updates": [{"minibatch": number, **dataclasses.asdict(update)} for number, update in self._updates],
-            "rounds": [
-                {"seed": seed, "groups": [_of_group(group) for group in groups]} for seed, groups in self._rounds
-            ],
+            "rounds": [{"seed": seed, "groups": list(map(_of_group, groups))} for seed, groups in self._rounds],
             "imitated": [len(example) for example in self._imitated],
             "minibatches": [[batch.max_seqlen for batch in batches] for batches in self._minibatches],
         }

@@ -16,11 +16,13 @@ does; 2: a mistake of the user.
 """
 
 import dataclasses
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from ..engine.checkpoint import load_checkpoint
 from ..engine.config import SECTIONS, Config
 from ..engine.errors import UserError
 from ..engine.manifest import list_checkpoints
+from ..engine.optim import AdamW
 from ..engine.reference import Reference
 from ..engine.settings import build, settings_of
 from ..engine.shard import ShardedModel
@@ -81,7 +84,9 @@ class Replay:
     def __init__(self, run: Run, capsule: Capsule, model: Path | None) -> None:
         self._run, self._capsule, self._step = run, capsule, int(capsule.facts["step"])
         self._first = Path(run.config.model.folder or run.folder / "sft" / "model")
-        self._policy, self._moments = self._load(model)
+        self._policy, self._optimizer, has_moments = self._load(model)
+        self._updates = list(enumerate(capsule.facts["updates"]))[capsule.facts["first_update"] :]
+        self.updates_left = 0 if has_moments else len(self._updates) - 1
         is_same = layout(run.mesh) == capsule.facts["layout"]
         self.tolerance = 0.0 if is_same else TOLERANCES[compute_dtype(run)]
         self.stages: dict[str, Callable[[], Differences]] = {
@@ -96,17 +101,18 @@ class Replay:
             "losses and gradient norms": self.updates,
         }
 
-    def _load(self, model: Path | None) -> tuple[Policy, Path | None]:
-        """The policy before the step, and the checkpoint with its moments, where it is one."""
+    def _load(self, model: Path | None) -> tuple[Policy, AdamW, bool]:
+        """The policy before the step, its optimiser, and whether that has its moments."""
         if model is None:
             model = _weights_of(self._run.folder / "grpo" / "checkpoints", self._step, self._first)
         if not model.is_dir():
             raise UserError(f"there is no model {model}; give a Hugging Face folder or a checkpoint")
-        if not list_checkpoints(model):
-            return load_policy(self._run, model), None
-        policy = load_policy(self._run, self._first)
-        load_checkpoint(model, model=policy.model, optimizer=None, mesh=self._run.mesh)
-        return policy, model
+        is_checkpoint = bool(list_checkpoints(model))
+        policy = load_policy(self._run, self._first if is_checkpoint else model)
+        optimizer = new_optimizer(self._run.config.optimizer, policy, 0.0)
+        if is_checkpoint:
+            load_checkpoint(model, model=policy.model, optimizer=optimizer, mesh=self._run.mesh)
+        return policy, optimizer, is_checkpoint
 
     def first_difference(self) -> str:
         """Runs the stages until one differs on any rank, and says where; empty: nothing differs."""
@@ -148,7 +154,7 @@ class Replay:
         """What the code printed, what the model read of it, and how the trajectories ended."""
         limits = dataclasses.replace(agent_limits(self._run.config.rollout), max_wall_s=None)
         with open_sandbox(self._run) as sandbox:
-            for group in (group for groups in self._capsule.rounds() for group in groups):
+            for group in chain(*self._capsule.rounds()):
                 (again,) = run_agent(
                     Recorded(group, self._policy.tokenizer),
                     sandbox,
@@ -180,7 +186,7 @@ class Replay:
     def rewards(self) -> Differences:
         """Rewards and their parts, of the trajectories in the capsule."""
         then, now = self._capsule.rounds(), self._capsule.rounds()
-        tasks = [group.task for groups in then for group in groups]
+        tasks = [group.task for group in chain(*then)]
         rewarding = Rewarding(self._run, self._policy.tokenizer, tasks)
         for groups in now:
             rewarding.score(groups, self._step)
@@ -193,7 +199,7 @@ class Replay:
     def advantages(self) -> Differences:
         """Advantages, by the rewards in the capsule."""
         now = self._capsule.rounds()
-        for group in (group for groups in now for group in groups):
+        for group in chain(*now):
             for trajectory in group.trajectories:
                 trajectory.advantage = 0.0
             set_advantages(group, self._run)
@@ -202,7 +208,7 @@ class Replay:
 
     def batches(self) -> Differences:
         """What is learnt from: ids, positions, bounds, weights, advantages, the sampler's log-probabilities."""
-        groups = [group for groups in self._capsule.rounds() for group in groups]
+        groups = list(chain(*self._capsule.rounds()))
         then, now = self._capsule.minibatches("cpu"), to_minibatches(self._run, groups, self._capsule.imitated())
         yield from self._compare("mini-batches", len(then), len(now))
         for part, (ours, theirs) in enumerate(zip(then, now, strict=False)):
@@ -231,18 +237,14 @@ class Replay:
 
     def updates(self) -> Differences:
         """Loss, gradient norm and statistics of the first update, and of the others where there are moments."""
-        settings, mesh, facts = self._run.config.optimizer, self._run.mesh, self._capsule.facts
-        optimizer = new_optimizer(settings, self._policy, 0.0)
-        if self._moments is not None:
-            load_checkpoint(self._moments, model=self._policy.model, optimizer=optimizer, mesh=mesh)
+        settings, mesh = self._run.config.optimizer, self._run.mesh
         minibatches = self._capsule.minibatches(mesh.device)
         gamma = mixing(self._run.config.grpo)(self._step)
         loss_fn = partial(objective(self._run.config.grpo, self._run.config.rollout.temperature), gamma=gamma)
-        updates = list(enumerate(facts["updates"]))[facts["first_update"] :]
-        for number, then in updates if self._moments is not None else updates[:1]:
+        for number, then in self._updates[: len(self._updates) - self.updates_left]:
             update = optimise(
                 self._policy.model,
-                optimizer,
+                self._optimizer,
                 minibatches[then["minibatch"]],
                 loss_fn,
                 mesh=mesh,
@@ -284,9 +286,8 @@ class Replay:
         then, now = then.cpu(), now.cpu()
         place = _first_place(then, now, self.tolerance)
         if place is not None:
-            yield Difference(
-                f"{where}[{place}]{self._whose(part, number, name, place)}", then[place].item(), now[place].item()
-            )
+            where += f"[{place}]{self._whose(part, number, name, place)}"
+            yield Difference(where, then[place].item(), now[place].item())
 
     def _whose(self, part: int, number: int, name: str, place: int) -> str:
         """Which example the place of a batch belongs to, in words."""
@@ -294,7 +295,7 @@ class Replay:
         if name in ("cu_seqlens", "prefix"):
             return ""
         sequence, position = int(batch.sequence_ids[place]), int(batch.positions[place])
-        groups = [group for groups in self._capsule.rounds() for group in groups]
+        groups = list(chain(*self._capsule.rounds()))
         examples, names = to_examples(self._run.config, groups, self._capsule.imitated())[part]
         bearing = [name for example, name in zip(examples, names, strict=True) if example.loss_tokens]
         whose = bearing[sequence] if 0 <= sequence < len(bearing) else "a shared prompt or padding"
@@ -316,14 +317,14 @@ def replay(run: Run) -> None:
             f"{path} is of {ranks} ranks and this launch has {mesh.world_size}; "
             f"start it with torchrun --standalone --nproc-per-node {ranks}"
         )
-    if len({str((each["phase"], each["step"], each["config"])) for each in mesh.all_gather_object(facts)}) > 1:
-        raise UserError(
-            f"the capsules beside {path} are of other steps or configurations; keep those of one run together"
-        )
+    if len(set(mesh.all_gather_object(json.dumps([facts["step"], facts["config"]])))) > 1:
+        raise UserError(f"the capsules beside {path} are of several runs; keep those of one launch together")
     again = Replay(run, capsule, model)
     run.say(f"step {facts['step']} of {facts['phase']} from {path}")
     if again.tolerance:
         run.say(f"another layout than the capsule's: floating-point numbers may differ by {again.tolerance:g}")
+    if (left := again.updates_left) > 0:
+        run.say(f"the last {left} updates are left out: they need a checkpoint from before the step, for its moments")
     difference = again.first_difference()
     run.say(difference or "nothing differs")
     if difference:
@@ -349,7 +350,7 @@ def _first_place(then: Tensor, now: Tensor, tolerance: float) -> int | None:
 
 
 def _members(rounds: Sequence[Sequence[Group]]) -> list[Trajectory]:
-    return [trajectory for groups in rounds for group in groups for trajectory in group.trajectories]
+    return [trajectory for group in chain(*rounds) for trajectory in group.trajectories]
 
 
 def _shown(value: object) -> str:
