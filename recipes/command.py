@@ -28,7 +28,6 @@ class Arguments(argparse.ArgumentParser):
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-
         self.add_argument(DRY_RUN, action="store_true", help="read the command line and do nothing")
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
