@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .settings import build, describe, kv_bytes, nearest, read_toml, setting, settings_of, shares
+from .settings import build, describe, kv_bytes, nearest, read_toml, setting, settings_of, shares, step_numbers
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -36,6 +36,10 @@ class RunConfig:
         "auto", "what serves the attention of training; auto: the first of them that the machine has", changeable=True
     )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
+    capture_steps: str = setting("", 'GRPO steps to keep for recipes.replay, such as "0,50"', changeable=True)
+
+    def __post_init__(self) -> None:
+        step_numbers("run.capture_steps", self.capture_steps)
 
 
 @dataclass(frozen=True)
@@ -313,12 +317,9 @@ class GRPOConfig:
     experts_per_step: int = setting(
         0, "expert trajectories imitated in a step beside those of its tasks, over all ranks", minimum=0
     )
-    mu_peak: float = setting(
-        0.0, "weight of the experts' likelihood after its warm-up; 0: RL alone", minimum=0, maximum=1
-    )
+    mu_peak: float = setting(0.0, "weight of the experts' likelihood at first; 0: RL alone", minimum=0, maximum=1)
     mu_valley: float = setting(0.0, "weight of the experts' likelihood at the end of its decay", minimum=0, maximum=1)
-    mu_warmup_steps: int = setting(0, "steps in which that weight rises to mu_peak", minimum=0)
-    mu_decay_steps: int = setting(0, "steps in which it falls to mu_valley, by a cosine", minimum=0)
+    mu_decay_steps: int = setting(0, "steps in which that weight falls to mu_valley, by a cosine", minimum=0)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = setting(
         "dapo",
         "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant; gspo: grpo with one ratio a "

@@ -67,7 +67,7 @@ class Schedule:
 
 
 def mixing_schedule(
-    *, mu_peak: float, mu_valley: float, mu_warmup_steps: int, mu_decay_steps: int, total_steps: int
+    *, mu_peak: float, mu_valley: float, mu_decay_steps: int, total_steps: int, mu_warmup_steps: int = 0
 ) -> Schedule:
     """gamma of ``gamma * SFT + (1 - gamma) * RL``: up to ``mu_peak``, then by a cosine down to ``mu_valley``.
 

@@ -117,6 +117,19 @@ def shares(key: str, text: str, names: Sequence[str]) -> dict[str, float]:
     return {name: value / 100 for name, value in zip(names, values, strict=True)}
 
 
+def step_numbers(key: str, text: str) -> frozenset[int]:
+    """The steps of a setting such as "0,50,100".
+
+    Raises:
+        UserError: there is something else between the commas.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    wrong = [part for part in parts if not part.isdecimal()]
+    if wrong:
+        raise UserError(f'{key} is {text!r} and {wrong[0]!r} is no step; expected numbers from 0 on such as "0,50,100"')
+    return frozenset(map(int, parts))
+
+
 def kv_bytes(kv_memory: float | str, device_memory: float) -> int:
     """Bytes that ``rollout.kv_memory`` means on a device with so much memory: GiB, or a share such as "40%".
 

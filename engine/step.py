@@ -7,7 +7,7 @@ neither the split into micro-batches nor the number of ranks can change the upda
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -66,7 +66,7 @@ def optimise(
     lr: float,
     max_grad_norm: float,
     reduce_every_microbatch: bool = True,
-    bad_batch_folder: Path | None = None,
+    keep: Callable[[Update], Path] | None = None,
 ) -> Update:
     """Make one update from this rank's micro-batches; a collective.
 
@@ -84,7 +84,8 @@ def optimise(
         max_grad_norm: global norm to clip at; 0 for no clipping.
         reduce_every_microbatch: False sums gradients over the ranks after the last micro-batch alone; until then each
             rank holds whole gradients.
-        bad_batch_folder: where each rank leaves the batches of the step that ended the run, for torch.load.
+        keep: called on every rank with an update that was skipped, before it may end the run: it keeps what the step
+            was made of, and says where. Collectives may run in it.
 
     Raises:
         NonFiniteError: the ``MAX_BAD_STEPS``-th step in a row was not finite.
@@ -105,7 +106,7 @@ def optimise(
     finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
     update = Update(loss_sum, grad_norm, lr, int(not finite), reduced)
     if update.skipped:
-        _leave_out(policy, optimizer, batches, update, mesh, bad_batch_folder)
+        _leave_out(policy, optimizer, update, mesh, keep)
     else:
         optimizer.step(lr)
     policy.zero_grad()
@@ -149,10 +150,9 @@ def level(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
 def _leave_out(
     policy: ShardedModel,
     optimizer: AdamW,
-    batches: Sequence[Batch],
     update: Update,
     mesh: Mesh,
-    folder: Path | None,
+    keep: Callable[[Update], Path] | None,
 ) -> None:
     """Count and say a step that is not finite, and end the run when it was one too many."""
     in_row = optimizer.skip()
@@ -165,17 +165,13 @@ def _leave_out(
     if tokens := update.stats.get("nonfinite"):
         first = update.stats["nonfinite_min"]
         message += f"; tokens with a non-finite input: {tokens:.0f}, the first at index {first:.0f} of its micro-batch"
+    policy.zero_grad()
+    if keep is not None:
+        message += f"; it is kept in {keep(update)}"
     if mesh.rank == 0:
         logger.warning(message)
-    if in_row < MAX_BAD_STEPS:
-        return
-    policy.zero_grad()
-    kept = ""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save([asdict(batch) for batch in batches], folder / f"bad-batches-rank-{mesh.rank}.pt")
-        kept = f"; the batches are in {folder}"
-    raise NonFiniteError(message + kept, names)
+    if in_row >= MAX_BAD_STEPS:
+        raise NonFiniteError(message, names)
 
 
 def _merge(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

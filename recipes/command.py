@@ -8,11 +8,11 @@ from typing import NoReturn
 from rich.console import Console
 
 from ..engine.errors import UserError
-from .run import INTERRUPTED, USER_ERROR
+from .run import DRY_RUN, INTERRUPTED, USER_ERROR
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser that shows a recipe's docstring as its help.
+    """A parser that shows a recipe's docstring as its help, and ends the process at ``--dry-run`` with status 0.
 
     Args:
         recipe: name of its module in this package.
@@ -28,6 +28,15 @@ class Arguments(argparse.ArgumentParser):
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.add_argument(DRY_RUN, action="store_true", help="read the command line and do nothing")
+
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """The arguments; ends the process where they ask for a dry run."""
+        options = super().parse_args(args)
+        if options.dry_run:
+            print("dry run: nothing was done")
+            self.exit()
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

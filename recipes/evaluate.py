@@ -233,4 +233,4 @@ if __name__ == "__main__":
     if "--compare" in sys.argv:
         run_command(compare_results)
     else:
-        launch(_recipe, claim=False, phases=("load", "rollout"))
+        launch(_recipe, claim=False, phases=("load", "rollout"), stages=("evaluate",))

@@ -9,6 +9,7 @@ the reward curriculum of Datarus-R1, arXiv 2508.13382.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..data.trajectories import Expert
 from ..engine.batch import Batch, Example, pack
-from ..engine.config import GRPOConfig, RewardConfig
+from ..engine.config import Config, GRPOConfig, RewardConfig
 from ..engine.doctor import Doctor
 from ..engine.errors import UserError
 from ..engine.metrics import Timer, read_records, say
@@ -26,6 +27,7 @@ from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import level, merged
 from ..kernels.linear import ROWS
 from ..rollout.trajectory import TRUNCATED, VOID_STATUSES, Group
+from .capsule import Capture
 from .experts import Experts
 from .measure import measure
 from .policy import load_policy, load_reference, save_policy
@@ -49,14 +51,7 @@ def grpo(run: Run) -> Path:
     experts = Experts(run)
     pool = [expert for expert in experts.all if expert.stratum != "failure"]
     rewarding = Rewarding(run, policy.tokenizer, [expert.task for expert in pool])
-    gamma = mixing_schedule(
-        mu_peak=settings.mu_peak,
-        mu_valley=settings.mu_valley,
-        mu_warmup_steps=settings.mu_warmup_steps,
-        mu_decay_steps=settings.mu_decay_steps,
-        total_steps=settings.steps,
-    )
-    loss_fn = objective(settings, temperature)
+    gamma, loss_fn = mixing(settings), objective(settings, temperature)
     lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
     training = Training(run, policy, "grpo", settings.steps, lr)
     records = read_records(training.metrics.path) if run.is_main else ()
@@ -64,11 +59,12 @@ def grpo(run: Run) -> Path:
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
             timer = Timer(run.mesh.device)
-            sample = partial(sample_round, run, rollouts, rewarding, timer, step)
+            sample = partial(sample_round, run, rollouts, rewarding, timer, training.capture, step)
             asked, groups = ask(run, pool, step, sample)
             others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
             imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
             minibatches = to_minibatches(run, groups, imitated)
+            training.capture.holds(imitated, minibatches)
             if settings.num_iterations * settings.num_minibatches > 1:
                 with timer("old_logprob"):
                     for batch in (batch for batches in minibatches for batch in batches):
@@ -95,6 +91,16 @@ def grpo(run: Run) -> Path:
     return folder / "model"
 
 
+def mixing(settings: GRPOConfig) -> Schedule:
+    """The weight of the experts' likelihood by step, as configured."""
+    return mixing_schedule(
+        mu_peak=settings.mu_peak,
+        mu_valley=settings.mu_valley,
+        mu_decay_steps=settings.mu_decay_steps,
+        total_steps=settings.steps,
+    )
+
+
 def objective(settings: GRPOConfig, temperature: float) -> Callable[..., tuple[Tensor, Stats]]:
     """``policy_loss`` as configured; ``gamma`` is left to be given."""
     return partial(
@@ -112,17 +118,25 @@ def objective(settings: GRPOConfig, temperature: float) -> Callable[..., tuple[T
 
 
 def sample_round(
-    run: Run, rollouts: Rollouts, rewarding: Rewarding, timer: Timer, step: int, mine: Sequence[Expert], number: int
+    run: Run,
+    rollouts: Rollouts,
+    rewarding: Rewarding,
+    timer: Timer,
+    capture: Capture,
+    step: int,
+    mine: Sequence[Expert],
+    number: int,
 ) -> list[Group]:
     """Groups for the tasks of this rank, with their rewards, recorded. Every rank calls it together."""
     name = f"grpo/{step:06d}" if number == 0 else f"grpo/{step:06d}.{number}"
+    seed = (run.config.run.seed + 1_009 * number) * 1_000_003 + step
     with timer("generate"):
         groups = rollouts.sample(
             [expert.task for expert in mine],
             run.config.grpo.num_generations,
             temperature=run.config.rollout.temperature,
             top_p=run.config.rollout.top_p,
-            seed=(run.config.run.seed + 1_009 * number) * 1_000_003 + step,
+            seed=seed,
             record=name,
         )
     with timer("reward"):
@@ -130,6 +144,7 @@ def sample_round(
         for group in groups:
             set_advantages(group, run)
         rollouts.record(name, groups)
+    capture.add_round(seed, groups)
     return groups
 
 
@@ -196,18 +211,27 @@ def to_minibatches(run: Run, groups: Sequence[Group], imitated: Sequence[Example
     A group without contrast gives no policy gradient: of its task only the expert's trajectory is learnt from, where
     experts are mixed in (DataMind, arXiv 2509.25084). Every rank gets the same number of micro-batches in each.
     """
-    parts, settings = run.config.grpo.num_minibatches, run.config.grpo
-    kept_truncated = TRUNCATED if run.config.reward.overlong_buffer else frozenset()
+    return [_to_batches(run, examples) for examples, _ in to_examples(run.config, groups, imitated)]
+
+
+def to_examples(
+    config: Config, groups: Sequence[Group], imitated: Sequence[Example]
+) -> list[tuple[list[Example], list[str]]]:
+    """The examples of each mini-batch, not weighed, and in words which expert or trajectory each of them is."""
+    parts, settings = config.grpo.num_minibatches, config.grpo
+    kept_truncated = TRUNCATED if config.reward.overlong_buffer else frozenset()
     mask = VOID_STATUSES - kept_truncated if settings.mask_void else frozenset()
-    contrasted = [group for group in groups if has_contrast(group, run.config.reward)]
-    minibatches = []
+    contrasted = [group for group in groups if has_contrast(group, config.reward)]
+    found = []
     for part in range(parts):
-        examples = list(imitated[part::parts])
+        examples = [replace(example) for example in imitated[part::parts]]  # they are to be weighed
+        names = [f"expert example {number}" for number in range(len(imitated))[part::parts]]
         for number, group in enumerate(contrasted[part::parts]):
             members = [trajectory for trajectory in group.trajectories if trajectory.scored]
             examples += [trajectory.to_example(mask=mask, group=number) for trajectory in members]
-        minibatches.append(_to_batches(run, examples))
-    return minibatches
+            names += [trajectory.name for trajectory in members]
+        found.append((examples, names))
+    return found
 
 
 def _to_batches(run: Run, examples: list[Example]) -> list[Batch]:
@@ -230,4 +254,4 @@ def _recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(_recipe, phases=PHASES)
+    launch(_recipe, phases=PHASES, stages=("grpo",))

@@ -217,4 +217,4 @@ def _recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(_recipe, phases=("load", "rollout", "update", "checkpoint"))
+    launch(_recipe, phases=("load", "rollout", "update", "checkpoint"), stages=("hrm",))

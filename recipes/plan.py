@@ -21,6 +21,7 @@ from ..engine.metrics import free_memory
 from ..engine.planner import plan_memory
 from ..engine.proposal import check_fits
 from .memory import settled, spell
+from .run import DRY_RUN
 
 
 def parse_gpus(text: str) -> tuple[int, float]:
@@ -47,7 +48,7 @@ def plan(argv: Sequence[str]) -> None:
         if word == "--gpus" or word.startswith("--gpus="):
             gpus = word.partition("=")[2] or next(rest, "")
             ranks, memory = parse_gpus(gpus)
-        else:
+        elif word != DRY_RUN:  # it is one
             words.append(word)
     path = words[0] if words and "=" not in words[0] else None
     config = load_config(path, words[1:] if path else words)

@@ -6,6 +6,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self, TypeVar, cast
 
+from ..engine.config import RolloutConfig
 from ..engine.metrics import free_memory
 from ..engine.model import Model
 from ..engine.settings import kv_bytes
@@ -33,14 +34,7 @@ class Rollouts:
     def __init__(self, run: Run, policy: Policy) -> None:
         settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
         self._policy, self._mesh, self._folder = policy, run.mesh, run.folder / "trajectories"
-        self._limits = AgentLimits(
-            max_turns=settings.max_turns,
-            max_tokens_per_turn=settings.max_tokens_per_turn,
-            max_trajectory_tokens=settings.max_trajectory_tokens,
-            max_observation_tokens=settings.max_observation_tokens,
-            max_consecutive_errors=settings.max_consecutive_errors,
-            max_wall_s=settings.max_wall_s or None,
-        )
+        self._limits = agent_limits(settings)
         self.sampler = Sampler(
             cast(Model, policy.model.module),
             policy.tokenizer,
@@ -125,6 +119,18 @@ def my_share(run: Run, items: Sequence[Item], cost: Callable[[Item], float]) -> 
     """Those of ``items`` that this rank samples: nearly as many as every other, of nearly the same cost."""
     shares = spread([cost(item) for item in items], run.mesh.world_size)
     return [items[index] for index in shares[run.mesh.rank]]
+
+
+def agent_limits(settings: RolloutConfig) -> AgentLimits:
+    """When a trajectory ends, as configured."""
+    return AgentLimits(
+        max_turns=settings.max_turns,
+        max_tokens_per_turn=settings.max_tokens_per_turn,
+        max_trajectory_tokens=settings.max_trajectory_tokens,
+        max_observation_tokens=settings.max_observation_tokens,
+        max_consecutive_errors=settings.max_consecutive_errors,
+        max_wall_s=settings.max_wall_s or None,
+    )
 
 
 def open_sandbox(run: Run) -> Sandbox:

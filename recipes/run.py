@@ -2,10 +2,11 @@
 
 Every recipe is started in the same way, alone or under torchrun:
 
-    torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.grpo [CONFIG] [section.key=value ...]
+    torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.grpo [CONFIG] [section.key=value ...] [--dry-run]
 
 CONFIG is a TOML file or the name of one in ``configs/``. A mistake of the user ends the run with one sentence and
-status 2; Ctrl-C or SIGTERM ends it after the step under way with what is done saved, and status 130.
+status 2; Ctrl-C or SIGTERM ends it after the step under way with what is done saved, and status 130. ``--dry-run`` says
+the arithmetic of the run and ends before anything is written or sampled.
 """
 
 import contextlib
@@ -33,9 +34,11 @@ from ..engine.mesh import Mesh
 from ..engine.together import together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
+from .arithmetic import in_words
 from .memory import MemoryWatch, PlannedMemory
 
 USER_ERROR, INTERRUPTED = 2, 130
+DRY_RUN = "--dry-run"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -107,6 +110,13 @@ class Run:
     def _claim_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder / ".lock")  # as long as this run is
+        self.check_configuration()
+        file = self.folder / "config.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(self.config.to_dict(), indent=1))
+
+    def check_configuration(self) -> None:
+        """Raises the UserError of a folder that holds a run of another configuration."""
         file, mine = self.folder / "config.json", self.config.to_dict()
         if file.exists():
             theirs = json.loads(file.read_text())
@@ -121,28 +131,53 @@ class Run:
                     f"{self.folder} holds a run of another configuration ({', '.join(changed[:5])}); "
                     "choose another run.name or remove the folder"
                 )
-        else:
-            write_atomically(file, json.dumps(mine, indent=1))
 
 
-def launch(recipe: Callable[[Run], None], claim: bool = True, phases: Sequence[str] = ()) -> None:
-    """Entry point of every recipe: reads the command line, opens the ranks, runs, and turns an end into a status."""
+def configured(argv: Sequence[str]) -> Config:
+    """The configuration that a command line ``[CONFIG] [section.key=value ...]`` says."""
+    path = argv[0] if argv and "=" not in argv[0] else None
+    return load_config(path, argv[1:] if path else argv)
+
+
+def launch(
+    recipe: Callable[[Run], None],
+    claim: bool = True,
+    phases: Sequence[str] = (),
+    stages: Sequence[str] = (),
+    configure: Callable[[Sequence[str]], Config] = configured,
+) -> None:
+    """Entry point of every recipe: reads the command line, opens the ranks, runs, and turns an end into a status.
+
+    Args:
+        recipe: what is run.
+        claim, phases: of ``Run``.
+        stages: of ``recipes.arithmetic.STAGES``, those whose arithmetic is said before; ``--dry-run`` stops there.
+        configure: reads the command line, less ``--dry-run``.
+    """
     argv = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in argv):
-        print(f"{sys.modules[recipe.__module__].__doc__}\nSettings and their defaults:{describe_settings()}")
+        print(sys.modules[recipe.__module__].__doc__)
+        if configure is configured:
+            print(f"Settings and their defaults:{describe_settings()}")
         return
-    mesh = None
+    mesh, dry = None, DRY_RUN in argv
     _keep_freed_memory()
     try:
-        path = argv[0] if argv and "=" not in argv[0] else None
-        config = load_config(path, argv[1:] if path else argv)
+        config = configure([arg for arg in argv if arg != DRY_RUN])
         mesh = Mesh.create(config.run.timeout_s, config.run.shard_size)
         _choose_attention(config, mesh)
-        run = Run(config, mesh, claim, phases)
+        run = Run(config, mesh, claim and not dry, phases)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
         run.say(f"{mesh.describe()} | {dispatch.describe(mesh.device.type)}")
-        recipe(run)
+        if stages:
+            run.say(in_words(config, mesh.world_size, run.folder, stages, run.planned.plan))
+        if dry:
+            if claim:
+                run.check_configuration()
+            run.say("dry run: nothing was written")
+        else:
+            recipe(run)
         mesh.close()
     except (Exception, KeyboardInterrupt) as error:
         for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's comes soon; this rank ends by itself

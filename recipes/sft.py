@@ -67,4 +67,4 @@ def _recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(_recipe, phases=("load", "update", "checkpoint"))
+    launch(_recipe, phases=("load", "update", "checkpoint"), stages=("sft",))

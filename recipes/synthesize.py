@@ -87,4 +87,4 @@ def _recipe(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(_recipe)
+    launch(_recipe, stages=("synthesize",))

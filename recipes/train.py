@@ -20,6 +20,7 @@ from ..engine.atomic import write_atomically
 from ..engine.planner import PHASES
 from ..engine.plots import plot_run
 from ..rollout.view import trajectory_panel
+from .arithmetic import STAGES
 from .evaluate import evaluate
 from .grpo import grpo
 from .hrm import hrm
@@ -100,4 +101,4 @@ def _show(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(train, phases=PHASES)
+    launch(train, phases=PHASES, stages=tuple(STAGES))

@@ -1,19 +1,21 @@
 """A policy in training: its optimiser, its learning rate, its checkpoints and its metrics, for SFT and GRPO alike."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
 from ..engine.batch import Batch
 from ..engine.checkpoint import load_checkpoint
+from ..engine.config import OptimizerConfig
 from ..engine.manifest import list_checkpoints
 from ..engine.metrics import Metrics, progress
 from ..engine.optim import AdamW
 from ..engine.saver import Saver
 from ..engine.schedule import Schedule
 from ..engine.step import LossFunction, Update, optimise
+from .capsule import Capture
 from .policy import Policy
 from .run import Run
 
@@ -37,19 +39,14 @@ class Training:
         settings = run.config.optimizer
         self.run, self.policy, self.phase, self.stop, self.lr = run, policy, phase, stop, lr
         self.folder = run.folder / phase
-        self.optimizer = AdamW(
-            policy.model.shards,
-            lr=lr(0),
-            betas=BETAS,
-            weight_decay=settings.weight_decay,
-            moments_dtype=getattr(torch, settings.moments_dtype),
-        )
+        self.optimizer = new_optimizer(settings, policy, lr(0))
         self.start = 0
         checkpoints = self.folder / "checkpoints"
         if run.mesh.broadcast_object(bool(list_checkpoints(checkpoints))):
             state = load_checkpoint(checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
             self.start = state["step"]
             run.say(f"{phase}: resumed after step {self.start}")
+        self.capture = Capture(run, policy.model, phase)
         self.saver = Saver(checkpoints, run.mesh, KEPT_CHECKPOINTS)
         self.metrics = Metrics(
             run.folder, run.mesh, phase=phase, start_step=self.start, total_steps=stop, console_every=LINE_EVERY
@@ -64,7 +61,9 @@ class Training:
         every = self.run.config.run.checkpoint_every
         with self.metrics, self.run.stop_between_steps():
             for step in progress(range(self.start, self.stop), self.phase, rank=self.run.mesh.rank):
+                self.capture.begin(step)
                 yield step
+                self.capture.end()
                 done = step + 1
                 self.saver.poll()
                 stopping = self.run.agree_to_stop()
@@ -76,9 +75,13 @@ class Training:
             self.saver.wait()
 
     def update(self, step: int, batches: Sequence[Batch], loss_fn: LossFunction) -> Update:
-        """One optimisation step on this rank's micro-batches; where no rank has any, nothing moves."""
+        """One optimisation step on this rank's micro-batches; where no rank has any, nothing moves.
+
+        One that is skipped leaves its capsule.
+        """
         settings = self.run.config.optimizer
-        return optimise(
+        self.capture.before()
+        update = optimise(
             self.policy.model,
             self.optimizer,
             batches,
@@ -87,8 +90,21 @@ class Training:
             lr=self.lr(step),
             max_grad_norm=settings.max_grad_norm,
             reduce_every_microbatch=settings.reduce_every_microbatch,
-            bad_batch_folder=self.folder,
+            keep=partial(self.capture.keep, batches),
         )
+        self.capture.after(batches, update)
+        return update
+
+
+def new_optimizer(settings: OptimizerConfig, policy: Policy, lr: float) -> AdamW:
+    """The optimiser of a policy, as configured."""
+    return AdamW(
+        policy.model.shards,
+        lr=lr,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+        moments_dtype=getattr(torch, settings.moments_dtype),
+    )
 
 
 def places(step: int, size: int, total: int, seed: int) -> list[int]:

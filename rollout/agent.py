@@ -303,7 +303,7 @@ class _Loop:
 
     def _check_ids(self, trajectory: Trajectory, completion: Completion) -> None:
         """What is trained must be what the sampler read and wrote, token by token."""
-        who = f"sample {trajectory.sample} of task {trajectory.task.id!r}"
+        who = trajectory.name
         if len(completion.token_ids) != len(completion.logprobs):
             raise RuntimeError(
                 f"{who} has {len(completion.token_ids)} sampled ids and {len(completion.logprobs)} log-probabilities, "

@@ -73,6 +73,11 @@ class Trajectory:
     scored: bool = True
 
     @property
+    def name(self) -> str:
+        """In words for a person: which sample of which task."""
+        return f"sample {self.sample} of task {self.task.id!r}"
+
+    @property
     def token_ids(self) -> list[int]:
         """All ids, prompt included."""
         return [token for span in self.spans for token in span.token_ids]

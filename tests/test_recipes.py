@@ -63,6 +63,7 @@ JOB = [
     "grpo.num_iterations=2",
     "grpo.num_minibatches=2",
     "grpo.max_sampling_rounds=2",
+    "run.capture_steps=0,1",
 ]
 
 
@@ -170,6 +171,20 @@ def test_a_finished_run_is_shown_again_and_another_configuration_is_refused(fini
     other = run(*same, "grpo.beta=0.02", cwd=folder.parent.parent, check=False)
     assert other.returncode == 2
     assert "grpo.beta 0.01 -> 0.02" in other.stderr
+
+
+def test_a_captured_step_replays_on_as_many_ranks(finished: tuple[Path, str], tmp_path: Path) -> None:
+    names = [f"step-00000{step}.rank{rank}.safetensors" for step in range(2) for rank in range(2)]
+    folder = finished[0] / "capsules" / "grpo"
+    assert sorted(path.name for path in folder.iterdir()) == names
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "groupwise.recipes.replay", str(folder / names[0])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=280, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.endswith("losses and gradient norms: as they were\nnothing differs\n")
 
 
 def test_how_a_run_computes_does_not_change_its_losses(finished: tuple[Path, str], tmp_path: Path) -> None:

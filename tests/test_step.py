@@ -98,20 +98,25 @@ def test_a_step_that_is_not_finite_changes_nothing(world_size):
         assert result == ([True, True], True, (1, 2, 2), False, True, 0)
 
 
-def test_five_bad_steps_in_a_row_end_the_run_with_names_and_batches(tmp_path, caplog):
+def test_five_bad_steps_in_a_row_end_the_run_with_names_and_each_is_kept(tmp_path, caplog):
     policy, optimizer = setup(alone())
     broken = partial(broken_loss, kind="gradient", rank=0)
-    settings = {"mesh": alone(), "lr": 0.01, "max_grad_norm": 0.5, "bad_batch_folder": tmp_path}
+    kept = []
+
+    def keep(update):
+        kept.append(update)
+        return tmp_path / f"{len(kept)}"
+
+    settings = {"mesh": alone(), "lr": 0.01, "max_grad_norm": 0.5, "keep": keep}
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             assert optimise(policy, optimizer, small_batches(0), broken, **settings).skipped
     assert "4 in a row" in caplog.text
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(NonFiniteError, match="5 in a row") as raised:
+    assert f"it is kept in {tmp_path / '4'}" in caplog.text
+    with pytest.raises(NonFiniteError, match=f"5 in a row.*kept in {tmp_path / '5'}") as raised:
         optimise(policy, optimizer, small_batches(3), broken, **settings)
     assert "model.layers.0.mlp.up_proj.weight" in raised.value.names
-    kept = torch.load(tmp_path / "bad-batches-rank-0.pt")
-    assert torch.equal(kept[0]["input_ids"], small_batches(3)[0].input_ids)
+    assert [update.skipped for update in kept] == [1] * 5
 
 
 def test_a_step_left_out_names_the_first_token_that_the_loss_knows_of(caplog):
