@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .curves import Values, brief, log_ticks, smooth, thinned, ticks
+from .curves import Values, brief, log_ticks, smooth, spread, thinned, ticks
 from .page import escaped, missing, note
 
 WIDTH, HEIGHT = 360, 190
@@ -18,6 +18,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 24  # margins around the plot
 COLORS = 8
 MAX_POINTS = 1000  # drawn of a line
 MAX_BARS = 60
+MAX_BINS = 20
+LOG_LEAST = 10.0  # a logarithmic axis is for values that differ by this factor
+CHAR = 6.2  # width of a character, about
 ROW = 24  # height of a row of an interval chart
 
 
@@ -52,14 +55,14 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, remark: 
 
     Args:
         lines: those without a point are left out; without any the figure says so.
-        log: the values' axis is logarithmic, where all of them are positive.
+        log: the values' axis is logarithmic, where all of them are positive and far apart.
         remark: below the title.
     """
     lines = [line for line in lines if len(line.xs)]
     if not lines:
         return _figure(title, missing("not recorded"), remark=remark)
     every_x, every_y = (np.concatenate([getattr(line, name) for line in lines]) for name in ("xs", "ys"))
-    log = log and bool(every_y.min() > 0)
+    log = log and bool(every_y.min() > 0 and every_y.max() > LOG_LEAST * every_y.min())
     low, high = _widened(float(every_y.min()), float(every_y.max()), log)
     x_axis = _Axis(float(every_x.min()), float(every_x.max()), LEFT + 4, WIDTH - RIGHT - 4)
     y_axis = _Axis(low, high, HEIGHT - BOTTOM, TOP, log)
@@ -76,21 +79,26 @@ def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, remark: 
         data.append({"label": line.label, "color": f"c{line.color}", **points})
     found = {"box": [x_axis.start, x_axis.end], "from": x_axis.low, "to": x_axis.high, "lines": data}
     marks = log_ticks(low, high) if log else ticks(low, high)
-    whole = [mark for mark in ticks(x_axis.low, x_axis.high) if mark == int(mark)]
     cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    drawing = _svg(HEIGHT, _rules(y_axis, marks), *_steps(x_axis, whole), *shapes, cursor, lines=found)
+    drawing = _svg(HEIGHT, _rules(y_axis, marks), *_steps(x_axis, _whole(x_axis)), *shapes, cursor, lines=found)
     remarks = [remark, f"{left_out} points between the extremes are not drawn" if left_out else ""]
     legend = {line.label: line.color for line in lines}
     return _figure(title, drawing, legend=legend, remark="; ".join(filter(None, remarks)))
 
 
 def stacked_chart(
-    title: str, columns: Sequence[str], parts: Mapping[str, Sequence[float]], *, unit: str = "", remark: str = ""
+    title: str,
+    columns: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    *,
+    kind: str = "step ",
+    unit: str = "",
+    remark: str = "",
 ) -> str:
     """Stacked bars.
 
     Args:
-        columns: what each bar stands for; at most MAX_BARS.
+        columns: what each bar stands for, ``kind`` in front of it; at most MAX_BARS.
         parts: by label, a value >= 0 for each column; beyond the palette the smallest share the last colour.
         unit: of the values.
     """
@@ -106,25 +114,28 @@ def stacked_chart(
         for place, value in enumerate(values):
             y, bottom = float(y_axis(float(tops[number][place]))), float(y_axis(float(tops[number][place] - value)))
             if value:
-                tip = escaped(f"{columns[place]}: {name} {_short(value)} {unit}".rstrip())
+                tip = escaped(f"{kind}{columns[place]}: {name} {_short(value)} {unit}".rstrip())
                 x, wide = LEFT + place * width + width * 0.06, min(width * 0.88, 60)
                 shape = f'x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{max(bottom - y, 0.4):.1f}"'
                 shapes.append(f'<rect class="bar" {shape}><title>{tip}</title></rect>')
         shapes.append("</g>")
-    shown = sorted({0, len(columns) // 2, len(columns) - 1}) if len(columns) > 6 else range(len(columns))
     centre = min(width * 0.5, 30 + width * 0.06)
-    names = [_text(LEFT + place * width + centre, HEIGHT - 8, columns[place]) for place in shown]
+    shown = spread(len(columns), 5)
+    room = int(width * len(columns) / len(shown) / CHAR)
+    labels = {place: name if len(name := columns[place]) <= room else f"{name[: room - 1]}…" for place in shown}
+    names = [_text(LEFT + place * width + centre, HEIGHT - 8, label) for place, label in labels.items()]
     drawing = _svg(HEIGHT, _rules(y_axis, ticks(0.0, y_axis.high)), *names, *shapes)
     return _figure(title, drawing, legend={name: number for number, name in enumerate(parts)}, remark=remark)
 
 
-def histogram(title: str, samples: Mapping[str, Sequence[float]], *, remark: str = "") -> str:
-    """Shares of each sample in 20 equal bins, as outlines over one another."""
+def histogram(title: str, samples: Mapping[str, Sequence[int]], *, remark: str = "") -> str:
+    """Shares of each sample in at most 20 equal bins of whole numbers, as outlines over one another."""
     samples = {name: values for name, values in samples.items() if values}
     if not samples:
         return _figure(title, missing("not recorded"), remark=remark)
     every = np.concatenate(list(samples.values()))
-    edges = np.linspace(every.min(), every.max() if every.max() > every.min() else every.min() + 1, 21)
+    width = -(-int(every.max() - every.min() + 1) // MAX_BINS)
+    edges = np.arange(every.min() - 0.5, every.max() + width, width)
     shares = {name: np.histogram(values, edges)[0] / len(values) for name, values in samples.items()}
     x_axis = _Axis(float(edges[0]), float(edges[-1]), LEFT + 4, WIDTH - RIGHT - 4)
     y_axis = _Axis(0.0, max(float(share.max()) for share in shares.values()) * 1.05, HEIGHT - BOTTOM, TOP)
@@ -137,9 +148,7 @@ def histogram(title: str, samples: Mapping[str, Sequence[float]], *, remark: str
         mean, middle, most = (_short(float(f(values))) for f in (np.mean, np.median, np.max))
         tip = f"{name}: {len(values)} values, mean {mean}, median {middle}, at most {most}"
         shapes.append(f"<title>{escaped(tip)}</title></path>")
-    drawing = _svg(
-        HEIGHT, _rules(y_axis, ticks(0.0, y_axis.high)), *_steps(x_axis, ticks(x_axis.low, x_axis.high)), *shapes
-    )
+    drawing = _svg(HEIGHT, _rules(y_axis, ticks(0.0, y_axis.high)), *_steps(x_axis, _whole(x_axis)), *shapes)
     return _figure(title, drawing, legend={name: number for number, name in enumerate(shares)}, remark=remark)
 
 
@@ -179,10 +188,10 @@ def _few(parts: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
 def _widened(low: float, high: float, log: bool) -> tuple[float, float]:
     """A range that leaves room for the dots at its ends."""
     if log:
-        factor = max(high / low, 1.0001) ** 0.04
+        factor = (high / low) ** 0.04
         return low / factor, high * factor
     room = (high - low) * 0.04 or abs(high) * 0.05 or 1.0
-    return low - room, high + room
+    return low - room if low < 0 or low > room else 0.0, high + room
 
 
 def _short(value: float) -> float:
@@ -205,12 +214,18 @@ def _rules(axis: _Axis, marks: Sequence[float]) -> str:
     return "".join(found)
 
 
+def _whole(axis: _Axis) -> list[float]:
+    return [mark for mark in ticks(axis.low, axis.high) if mark == int(mark)]
+
+
 def _steps(axis: _Axis, marks: Sequence[float], height: float = HEIGHT) -> list[str]:
     """Values below a horizontal axis."""
     return [_text(float(axis(mark)), height - 8, brief(mark)) for mark in marks]
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    if anchor == "middle" and x + len(text) * CHAR / 2 > WIDTH:
+        x, anchor = WIDTH, "end"
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 

@@ -64,5 +64,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def brief(value: float) -> str:
-    """A number for an axis: four digits."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+    """A number for an axis: four digits, in few characters."""
+    text = f"{value:.4g}" if not value or abs(value) >= 1e-3 else f"{float(f'{value:.3e}'):e}"
+    digits, letter, power = text.partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if letter else text

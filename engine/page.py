@@ -96,19 +96,20 @@ body { margin: 0 auto; padding: 12px 16px 48px; max-width: 1500px; background: v
   font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; margin: 8px 0 } h2 { font-size: 1.15rem; margin: 32px 0 8px; border-top: 1px solid var(--grid);
   padding-top: 16px } h3 { font-size: 1rem; margin: 20px 0 6px }
-a { color: var(--p0) } nav a { margin-right: 14px; display: inline-block }
+a { color: var(--p0) } nav { margin-top: 10px } nav a { margin-right: 14px; display: inline-block }
 .note, .missing { color: var(--muted); font-size: .87rem; margin: 6px 0 }
 .missing { border: 1px dashed var(--grid); border-radius: 6px; padding: 10px 12px }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)) }
 figure { margin: 0; padding: 10px 10px 4px; background: var(--card); border-radius: 8px; min-width: 0 }
-figcaption { font-weight: 600; font-size: .9rem } figure .note { margin: 2px 0 6px }
+figcaption { font-weight: 600; font-size: .9rem } figure:has(table) { max-height: 420px; overflow-y: auto }
+figure .note { margin: 2px 0 6px }
 .legend { display: flex; flex-wrap: wrap; gap: 0 12px; font-size: .78rem; color: var(--muted); margin: 2px 0 4px }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; background: var(--c);
   margin-right: 5px }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y } svg text { font-size: 11px; fill: var(--muted) }
 .rule { stroke: var(--grid) } .cursor { stroke: var(--muted); visibility: hidden }
 .line, .dots, .range { fill: none; stroke: var(--c); stroke-linejoin: round; stroke-linecap: round }
-.line { stroke-width: 2 } .dots { stroke-width: 4; opacity: .38 } .range { stroke-width: 2.5 }
+.line { stroke-width: 2 } .dots { stroke-width: 5; opacity: .4 } .range { stroke-width: 2.5 }
 .bar { fill: var(--c) } .bar:hover, .knob:hover { opacity: .7 } .knob { fill: var(--c) }
 .outline { fill: var(--c); fill-opacity: .16; stroke: var(--c); stroke-width: 1.5 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; margin: 6px 0 12px }
@@ -116,6 +117,7 @@ th, td { text-align: right; padding: 4px 10px 4px 0; border-bottom: 1px solid va
   font-variant-numeric: tabular-nums; unicode-bidi: isolate; overflow-wrap: normal }
 th { color: var(--muted); font-weight: 600 } .prose { text-align: left; overflow-wrap: anywhere; min-width: 7em }
 summary { cursor: pointer; color: var(--muted); margin: 8px 0 }
+.finding { border-left: 3px solid var(--p4); padding: 2px 10px; margin: 8px 0; max-width: 900px }
 .tiles { display: flex; flex-wrap: wrap; gap: 8px } .tile { background: var(--card); border-radius: 8px;
   padding: 8px 12px; font-size: .8rem; color: var(--muted) } .tile b { display: block; font-size: 1.05rem;
   color: var(--ink); font-weight: 600 }
@@ -129,7 +131,7 @@ summary { cursor: pointer; color: var(--muted); margin: 8px 0 }
 .text.model { background: color-mix(in srgb, var(--c) 13%, transparent) } .text.unlearnt { background: none;
   border-left-style: dotted } .text.prompt, .dim { opacity: .65 } .italic { font-style: italic }
 .bold { font-weight: 600 } .reverse { outline: 1px solid var(--c); border-radius: 2px }
-.right { color: var(--p2) } .wrong { color: var(--p4) }
+.sample .right { color: var(--p2) } .sample .wrong { color: var(--p4) } .text.environment { color: var(--c) }
 .badge { border: 1px solid var(--c); color: var(--c); border-radius: 4px; padding: 0 5px; font-size: .78rem;
   margin-right: 5px; display: inline-block }
 #tip { position: fixed; z-index: 9; pointer-events: none; background: var(--back); border: 1px solid var(--grid);

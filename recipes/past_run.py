@@ -17,7 +17,7 @@ from ..engine.curves import series, spread
 from ..engine.errors import UserError
 from ..engine.metrics import read_records
 from ..engine.planner import Plan, plan_memory
-from ..engine.settings import build
+from ..engine.settings import build, settings_of
 from ..rollout.record import read_records as read_trajectories
 from ..rollout.trajectory import Status, masked_statuses
 from .compare import read_result
@@ -43,7 +43,7 @@ class Sampled:
         steps: those read, of ``num_steps`` on disk; they count from 0.
         lengths, turns: what each trajectory of a step has, by step.
         endings, verdicts: how often trajectories and executions ended so, by step.
-        groups: (step, members) of the group whose rewards differ most.
+        groups: (step, members) of the group with the largest advantage, or else the widest rewards.
     """
 
     num_steps: int
@@ -112,11 +112,16 @@ class PastRun:
         share, used = (series(self.records["grpo"], f"sampling/kv_peak_{name}")[1] for name in ("share", "gib"))
         if not (self.settings and {"ranks", "device"} <= self.summary.keys() and len(share) and share[-1]):
             return None
-        config = Config(**{name: build(name, cls, dict(self.settings.get(name, {}))) for name, cls in SECTIONS.items()})
+        config = Config(**{name: build(name, cls, self._section(name)) for name, cls in SECTIONS.items()})
         rollout = dataclasses.replace(config.rollout, kv_memory=f"{used[-1] / share[-1]:.6g}")
         config = dataclasses.replace(config, rollout=rollout)
         device = str(self.summary["device"]).partition(":")[0]
         return plan_memory(settled(config, 0.0), int(self.summary["ranks"]), device)
+
+    def _section(self, name: str) -> dict[str, Any]:
+        """What can be set of a section; the rest of a model's shape is its folder's."""
+        known = {setting.name for setting in settings_of(SECTIONS[name])}
+        return {key: value for key, value in self.settings.get(name, {}).items() if key in known}
 
     @cached_property
     def sampled(self) -> Sampled:
@@ -149,9 +154,9 @@ def _stage(file: Path) -> tuple[int, str]:
     return PHASES.index(file.stem) if file.stem in PHASES else len(PHASES), file.stem
 
 
-def _contrast(group: list[Record]) -> float:
-    rewards = [record["reward"] for record in group]
-    return float(max(rewards) - min(rewards))
+def _contrast(group: list[Record]) -> tuple[float, float]:
+    rewards = [float(record["reward"]) for record in group]
+    return max(abs(float(record["advantage"])) for record in group), max(rewards) - min(rewards)
 
 
 def _groups(file: Path) -> Iterator[list[Record]]:

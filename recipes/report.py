@@ -81,6 +81,8 @@ GRPO = (
     Panel("Effective sample size, share", ("sampling/ess",)),
     Panel("Tokens that bear loss", ("tokens/*",)),
     Panel("Tokens sampled a second", ("sampling/tokens_per_s",)),
+)
+MEMORY = (
     Panel("KV blocks used at most, share", ("sampling/kv_peak_share",)),
     Panel("KV blocks used at most, GiB", ("sampling/kv_peak_gib",)),
     Panel("Prefix cache hits, share of prompt tokens", ("sampling/prefix_hit_rate",)),
@@ -126,7 +128,7 @@ def page_body(runs: Sequence[PastRun]) -> str:
         "GRPO": curves(runs, "grpo", GRPO),
         "Lengths and endings": endings(first),
         "Time": timing(runs),
-        "Memory": memory(first),
+        "Memory": memory(runs),
         "Groups": groups(first),
         "SFT": curves(runs, "sft", TRAINING),
         "Reward model": curves(runs, "hrm", TRAINING),
@@ -160,14 +162,20 @@ def curves(runs: Sequence[PastRun], phase: str, panels: Sequence[Panel]) -> str:
     rest = {name for name in recorded if not name.startswith(ELSEWHERE)}
     if not rest:
         return missing(f"not recorded: {phase}.jsonl is not there or has no step")
-    figures = []
-    for panel in panels:
-        names = panel.found(rest)
-        rest -= set(names)
-        figures += [_panel(runs, phase, panel.title, names, panel.log)] if names else []
-        figures += [] if names else [line_chart(panel.title, [])]
+    figures = _panels(runs, phase, panels, rest)
+    rest -= {name for panel in MEMORY for name in panel.found(rest)}
     others = [_panel(runs, phase, name, [name], False) for name in sorted(rest)]
     return grid(*figures) + (folded(f"{len(others)} more figures", grid(*others)) if others else "")
+
+
+def _panels(runs: Sequence[PastRun], phase: str, panels: Sequence[Panel], names: set[str]) -> list[str]:
+    """Figures; the names that they draw are taken out of ``names``."""
+    figures = []
+    for panel in panels:
+        found = panel.found(names)
+        names -= set(found)
+        figures.append(_panel(runs, phase, panel.title, found, panel.log) if found else line_chart(panel.title, []))
+    return figures
 
 
 def _panel(runs: Sequence[PastRun], phase: str, title: str, names: Sequence[str], log: bool) -> str:
@@ -193,15 +201,13 @@ def findings(runs: Sequence[PastRun]) -> str:
         if run.findings is None:
             parts.append(missing(f"not recorded: {run.folder / 'grpo' / 'doctor.jsonl'} is not there"))
             continue
-        rows = []
+        parts += [f"<h3>{escaped(run.name)}</h3>"] * (len(runs) > 1) + [note("no finding")] * (not run.findings)
         for found in run.findings:
-            name = f"doctor/{found.get('name')}"
-            held = sum(1 for record in run.records["grpo"] if record.get(name))
-            about = (found.get(key, "") for key in ("evidence", "remedy"))
-            rows.append((found["step"] + 1, found.get("name", ""), held, *about))
-        title = f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
-        header = ("step", "finding", "steps with it", "evidence", "remedy")
-        parts.append(title + (table(header, rows, wide=(1, 3, 4)) if rows else note("no finding")))
+            name = str(found.get("name"))
+            held = sum(1 for record in run.records["grpo"] if record.get(f"doctor/{name}"))
+            head = f"<b>{escaped(name)}</b> since step {found['step'] + 1}, in {held} steps"
+            text = escaped(f"{found.get('evidence', '')} {found.get('remedy', '')}")
+            parts.append(f'<div class="finding">{head}<br>{text}</div>')
     return "".join(parts)
 
 
@@ -213,7 +219,7 @@ def evaluation(runs: Sequence[PastRun]) -> str:
     for number, run in enumerate(runs):
         parts += map(missing, run.broken_results)
         for name, result in run.results.items():
-            label = f"{run.name}: {name}" if len(runs) > 1 else name
+            label = _label(runs, run, name)
             results[label] = result
             for k, value in result["pass_at"].items():
                 color = number if len(runs) > 1 else len(results) - 1
@@ -221,11 +227,22 @@ def evaluation(runs: Sequence[PastRun]) -> str:
     if not results:
         return "".join(parts) + missing(f"not recorded: {runs[0].folder / 'evaluate'} holds no result")
     parts.append(grid(interval_chart("Scores with 95 % intervals", rows)))
-    parts += [_difference(one, other, results) for one, other in pairwise(results)]
+    pairs = [pair for run in runs for pair in pairwise(_label(runs, run, name) for name in run.results)]
+    pairs += [
+        (_label(runs, runs[0], name), _label(runs, run, name))
+        for run in runs[1:]
+        for name in run.results
+        if name in runs[0].results
+    ]
+    parts += [_difference(one, other, results) for one, other in pairs]
     for label, found in results.items():
         tables = "".join(f"<h3>{escaped(title)}</h3>{table(HEADER, lines)}" for title, lines in sections(found))
         parts.append(folded(f"{label}: {found['num_tasks']} tasks, {found['num_runs']} runs", tables))
     return "".join(parts)
+
+
+def _label(runs: Sequence[PastRun], run: PastRun, name: str) -> str:
+    return f"{run.name}: {name}" if len(runs) > 1 else name
 
 
 def _difference(one: str, other: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -256,7 +273,7 @@ def endings(run: PastRun) -> str:
         names = sorted({name for counter in counts.values() for name in counter})
         return {name: [float(counts[step][name]) for step in found.steps] for name in names}
 
-    columns = [f"step {step + 1}" for step in found.steps]
+    columns = [str(step + 1) for step in found.steps]
     figures = [
         histogram(
             title, {name: [x for step in part for x in values[step]] for name, part in spans.items()}, remark=read
@@ -295,32 +312,32 @@ def timing(runs: Sequence[PastRun]) -> str:
 
 
 def _stretch(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"
+    return str(first) if first == last else f"{first}-{last}"
 
 
-def memory(run: PastRun) -> str:
-    """The planned memory of each phase; what was measured is among the figures of GRPO."""
+def memory(runs: Sequence[PastRun]) -> str:
+    """The planned memory of each phase beside what was measured in each step."""
+    recorded = {name for run in runs for record in run.records["grpo"] for name in record}
+    return grid(*map(_planned_memory, runs), *_panels(runs, "grpo", MEMORY, recorded))
+
+
+def _planned_memory(run: PastRun) -> str:
+    title = f"{run.name}: memory by phase as planned, GiB"
     try:
         plan = run.plan()
-    except (UserError, KeyError, TypeError) as error:
-        return missing(f"memory by phase cannot be planned: {error}")
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        return stacked_chart(title, (), {}, remark=f"it cannot be planned: {error}")
     if plan is None:
-        return missing(
-            "memory by phase is not known before the run has its config.json, summary.json and GRPO's KV use"
-        )
-    items = list(dict.fromkeys(name for phase in plan.phases for name in (*phase.device, *phase.host)))
+        return stacked_chart(title, (), {}, remark="it takes a config.json, a summary.json and GRPO's use of KV blocks")
+    on_host = plan.device_type == "cpu"  # where it is the same memory
+    items = dict.fromkeys(name for phase in plan.phases for name in (*phase.device, *phase.host))
     parts = {
-        name: [(phase.device.get(name, 0) + phase.host.get(name, 0) * (plan.device_type == "cpu")) / GIB
-               for phase in plan.phases]
+        name: [(phase.device.get(name, 0) + on_host * phase.host.get(name, 0)) / GIB for phase in plan.phases]
         for name in items
-    }  # fmt: skip
-    remark = f"{run.name}, as planned for each of {plan.num_ranks} ranks on {plan.device_type}: tensors alone"
-    chart = stacked_chart("Memory by phase, GiB", [p.name for p in plan.phases], parts, unit="GiB", remark=remark)
-    kept = line_chart("Peak memory, GiB, measured", [Line("GiB", *series(run.records["grpo"], "perf/peak_memory_gib"))])
-    used = line_chart(
-        "KV blocks used at most, GiB", [Line("GiB", *series(run.records["grpo"], "sampling/kv_peak_gib"))]
-    )
-    return grid(chart, kept, used)
+    }
+    remark = f"tensors on a rank of {plan.num_ranks} on {plan.device_type}"
+    names = [phase.name for phase in plan.phases]
+    return stacked_chart(title, names, parts, kind="", unit="GiB", remark=remark)
 
 
 def groups(run: PastRun) -> str:
@@ -328,7 +345,8 @@ def groups(run: PastRun) -> str:
     if not run.sampled.groups:
         return missing(f"not recorded: {run.folder / 'trajectories' / 'grpo'} holds no trajectories")
     about = (
-        f"{run.name}: of {len(run.sampled.groups)} of {run.sampled.num_steps} steps the group with the widest rewards. "
+        f"{run.name}: of {len(run.sampled.groups)} of {run.sampled.num_steps} steps the group with the largest "
+        "advantage, or where there is none the widest rewards. "
         "Filled green is what the model wrote and learnt from, without filling it bears no loss; "
         "yellow was forced, blue came from the environment. Thoughts are italic, code is bold, answers are framed."
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from ..engine.page import escaped, folded, table
+from ..engine.page import escaped, folded
 from .trajectory import Status
 from .view import Painter
 
@@ -67,15 +67,15 @@ def _sample(record: Mapping[str, Any], masked: Collection[Status]) -> str:
         f'<span class="badge {"c2" if done["ok"] else "c4"}">{escaped(done["verdict"])} {done["wall_s"]:.2g} s</span>'
         for done in record["executions"][:20]
     )
-    parts = [(name, f"{value:.4g}") for name, value in record["rewards"].items()]
-    earned = table(("part of the reward", "value"), parts) if parts else '<p class="note">not scored yet</p>'
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in record["rewards"].items())
+    earned = f"<br>{escaped(parts or 'not scored yet')}"
     return (
         f'<article class="sample {color}"><header>sample {escaped(record["sample"])}, '
         f"<b>{escaped(record['status'])}</b>, {escaped(record['turns'])} turns, "
         f"{escaped(record['completion_tokens'])} tokens<br>reward <b>{record['reward']:.4g}</b>, "
-        f"advantage <b>{advantage:+.4g}</b>"
+        f"advantage <b>{advantage:+.4g}</b>{earned}"
         + (f"<br>bears no loss: {escaped(why)}" if why else "")
-        + f"</header>{''.join(shown)}<footer>{badges}<br>answer {_answer(record)}{_error(record)}{earned}</footer>"
+        + f"</header>{''.join(shown)}<footer>{badges}<br>answer {_answer(record)}{_error(record)}</footer>"
         "</article>"
     )
 
