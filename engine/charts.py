@@ -21,7 +21,7 @@ MAX_BARS = 60
 MAX_BINS = 20
 LOG_LEAST = 10.0  # a logarithmic axis is for values that differ by this factor
 CHAR = 6.2  # width of a character, about
-ROW = 24  # height of a row of an interval chart
+ROW = 38  # height of a row of an interval chart
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ def interval_chart(
         return _figure(title, missing("not recorded"), remark=remark)
     bounds = [bound for _, value, interval, _ in rows for bound in (value, *(interval or ()))]
     x_axis = _Axis(min(0.0, *bounds), max(1.0, *bounds), LEFT, WIDTH - RIGHT - 36)
-    height = TOP + 2 * ROW * len(rows) + BOTTOM
+    height = TOP + ROW * len(rows) + BOTTOM
     shapes = _steps(x_axis, ticks(x_axis.low, x_axis.high), height)
     for place, (label, value, interval, color) in enumerate(rows):
-        y = TOP + (2 * place + 1.4) * ROW
+        y = TOP + (place + 0.7) * ROW
         x, tip = float(x_axis(value)), f"{label}: {_short(value)}"
         shapes.append(f'<g class="c{color}">')
         if interval:

@@ -1,6 +1,6 @@
 """One HTML file that needs nothing else: no network, no font, no library, and only the script that is in it.
 
-    write_page(file, "a title", section("Curves", figure) + section("Settings", table(("name", "value"), rows)))
+    write_page(file, "a title", sections({"Curves": figure, "Settings": table(("name", "value"), rows)}))
 
 Text from models, tables and files goes through ``escaped``. What slips through still runs nothing: the page's policy
 (Content-Security-Policy) allows the one script by its hash, and no address.
@@ -9,7 +9,7 @@ Text from models, tables and files goes through ``escaped``. What slips through 
 import base64
 import hashlib
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .atomic import write_atomically
@@ -29,10 +29,12 @@ def escaped(text: object) -> str:
     return html.escape(visible(str(text)))
 
 
-def section(title: str, *parts: str) -> str:
-    """A part of the page with a heading, by which its head line links to it. ``parts`` are HTML."""
-    name = title.lower().replace(" ", "-")
-    return f'<section id="{escaped(name)}"><h2>{escaped(title)}</h2>{"".join(parts)}</section>'
+def sections(parts: Mapping[str, str]) -> str:
+    """Parts of the page by their titles, with links to them in front; the values are HTML."""
+    names = {title: escaped(title.lower().replace(" ", "-")) for title in parts}
+    links = "".join(f'<a href="#{names[title]}">{escaped(title)}</a>' for title in parts)
+    shown = (f'<section id="{names[title]}"><h2>{escaped(title)}</h2>{part}</section>' for title, part in parts.items())
+    return f"<nav>{links}</nav>{''.join(shown)}"
 
 
 def missing(text: str) -> str:

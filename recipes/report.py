@@ -24,11 +24,12 @@ from ..data.report import COUNTS
 from ..engine.charts import COLORS, MAX_BARS, Line, histogram, interval_chart, line_chart, stacked_chart
 from ..engine.curves import series
 from ..engine.errors import UserError
-from ..engine.page import escaped, folded, grid, missing, note, section, table, write_page
+from ..engine.page import escaped, folded, grid, missing, note, sections, table, write_page
 from ..rollout.group_view import group_view
 from .command import Arguments, run_command
 from .past_run import PastRun
-from .scoreboard import HEADER, sections, shown
+from .scoreboard import HEADER, shown
+from .scoreboard import sections as score_sections
 
 GIB = 2**30
 LISTED = 40  # rows of a table of counts
@@ -96,33 +97,44 @@ def report(argv: Sequence[str], console: Console) -> None:
     """Writes the page of the runs that a command line names.
 
     Raises:
-        UserError: a folder holds no run, a file in it is broken, or the page cannot be written.
+        UserError: what ``write_report`` raises.
     """
     parser = Arguments("report", __doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder; the page goes into the first"
     )
-    folders = parser.parse_args(argv).runs
+    file = write_report(parser.parse_args(argv).runs)
+    console.print(f"{file}, {file.stat().st_size / 1e6:.1f} MB", soft_wrap=True, markup=False)
+
+
+def write_report(folders: Sequence[Path]) -> Path:
+    """Writes ``report.html`` into the first of some runs' folders, and returns its path.
+
+    Raises:
+        UserError: a folder holds no run, a file in it is broken, there are more runs than colours, or the page cannot
+            be written.
+    """
+    if len(folders) > COLORS:
+        raise UserError(f"{len(folders)} runs are given, and a page has colours for {COLORS}; leave some out")
     runs = [PastRun(folder) for folder in folders]
     names = [run.name for run in runs]
     for place, run in enumerate(runs):
         if names.count(run.name) > 1:
             run.name = f"{run.name} ({place + 1})"
     file = folders[0] / "report.html"
-    title = "groupwise: " + ", ".join(run.name for run in runs[:COLORS])
     try:
-        write_page(file, title, page_body(runs[:COLORS]))
+        write_page(file, "groupwise: " + ", ".join(run.name for run in runs), page_body(runs))
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror}); free space or make the folder writable"
         ) from error
-    console.print(f"{file}, {file.stat().st_size / 1e6:.1f} MB", soft_wrap=True, markup=False)
+    return file
 
 
 def page_body(runs: Sequence[PastRun]) -> str:
-    """All sections, with links to them in front."""
+    """The whole page below its title. Curves, time, memory and scores are of all runs, the rest is of the first."""
     first = runs[0]
-    sections_ = {
+    parts = {
         "Doctor": findings(runs),
         "Evaluation": evaluation(runs),
         "GRPO": curves(runs, "grpo", GRPO),
@@ -135,9 +147,7 @@ def page_body(runs: Sequence[PastRun]) -> str:
         "Data": data(first),
         "Settings": settings(runs),
     }
-    links = "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name in sections_)
-    body = "".join(section(name, content) for name, content in sections_.items())
-    return f"{overview(runs)}<nav>{links}</nav>{body}"
+    return overview(runs) + sections(parts)
 
 
 def overview(runs: Sequence[PastRun]) -> str:
@@ -236,7 +246,7 @@ def evaluation(runs: Sequence[PastRun]) -> str:
     ]
     parts += [_difference(one, other, results) for one, other in pairs]
     for label, found in results.items():
-        tables = "".join(f"<h3>{escaped(title)}</h3>{table(HEADER, lines)}" for title, lines in sections(found))
+        tables = "".join(f"<h3>{escaped(title)}</h3>{table(HEADER, lines)}" for title, lines in score_sections(found))
         parts.append(folded(f"{label}: {found['num_tasks']} tasks, {found['num_runs']} runs", tables))
     return "".join(parts)
 

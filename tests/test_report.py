@@ -1,5 +1,7 @@
 """The picture of a run: every figure is the record's, hostile texts stay texts, and what is missing is said."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -21,6 +23,7 @@ from groupwise.engine.config import load_config
 from groupwise.engine.curves import brief, log_ticks, spread, thinned, ticks
 from groupwise.engine.errors import UserError
 from groupwise.engine.page import escaped, visible
+from groupwise.engine.planner import plan_memory
 from groupwise.recipes.report import report
 from groupwise.rollout.group_view import SHOWN_CHARS, group_view, unlearnt
 from groupwise.rollout.trajectory import TRUNCATED, masked_statuses
@@ -237,9 +240,29 @@ def test_every_drawing_is_well_formed_and_nothing_is_fetched(tmp_path: Path) -> 
     for drawing in drawings:
         numbers = [value for node in ElementTree.fromstring(drawing).iter() for value in node.attrib.values()]
         assert not any(re.search(r"\b(nan|inf)\b", value) for value in numbers)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
     assert {address for address in page.addresses if not address.startswith("#")} == {"data:,"}
     assert not re.search(r"@import|url\(|https?://(?!www\.w3\.org/2000/svg)", text)
     assert all(f'id="{address[1:]}"' in text for address in page.addresses if address.startswith("#"))
+
+
+def test_memory_is_planned_as_the_run_was_launched(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "it takes a config.json, a summary.json" in read_page(folder).text
+    write_json(folder / "summary.json", {"ranks": 2, "device": "cuda:0"})
+    write_lines(folder / "grpo.jsonl", [{"step": 0, "sampling/kv_peak_share": 0.25, "sampling/kv_peak_gib": 0.5}])
+    page = read_page(folder)
+    plan = plan_memory(load_config(None, ["rollout.kv_memory=2"]), 2, "cuda")
+    for phase in plan.phases:
+        told = [title for title in page.titles if title.startswith(f"{phase.name}: ")]
+        shown = sum(float(title.split()[-2]) for title in told)
+        assert shown == pytest.approx(phase.device_bytes / 2**30, rel=1e-4)
+    assert "rollout: KV blocks 2.0 GiB" in page.titles
+    config = load_config(None).to_dict()
+    write_json(folder / "config.json", config | {"rollout": {"temperature": "hot"}})
+    assert "it cannot be planned: rollout.temperature" in read_page(folder).text
 
 
 def test_what_is_missing_is_said_in_its_place(tmp_path: Path) -> None:
@@ -351,6 +374,11 @@ def test_a_histogram_leaves_nothing_out(values: list[int]) -> None:
     peak = max(heights)  # drawn at 1 / 1.05 of the height; the shares' sum is 1
     counts = [round(height / peak * len(values), 6) for height in heights]
     assert sum(counts) >= len(values) * 0.99
+
+
+def test_more_runs_than_colours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="9 runs are given"):
+        report([str(tmp_path)] * 9, Console(quiet=True))
 
 
 def test_small_parts_share_the_last_colour() -> None:
