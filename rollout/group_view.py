@@ -74,7 +74,7 @@ def _sample(record: Mapping[str, Any], masked: Collection[Status]) -> str:
         f"<b>{escaped(record['status'])}</b>, {escaped(record['turns'])} turns, "
         f"{escaped(record['completion_tokens'])} tokens<br>reward <b>{record['reward']:.4g}</b>, "
         f"advantage <b>{advantage:+.4g}</b>{earned}"
-        + (f"<br>bears no loss: {escaped(why)}" if why else "")
+        + (f"<br>bears no policy-gradient loss: {escaped(why)}" if why else "")
         + f"</header>{''.join(shown)}<footer>{badges}<br>answer {_answer(record)}{_error(record)}</footer>"
         "</article>"
     )

@@ -197,7 +197,7 @@ def test_a_group_shows_who_wrote_what_and_what_it_earned(tmp_path: Path) -> None
         "ok 0.5 s",
     ):
         assert part in shown
-    assert shown.count("bears no loss: its end, void, is masked") == 1
+    assert shown.count("bears no policy-gradient loss: its end, void, is masked") == 1
     assert text.count('class="text model"') == 4  # of the two answered ones
     assert text.count('class="text model unlearnt"') == 2
     assert {'<span class="bold green">', '<span class="italic green">'} <= set(re.findall("<span[^>]*>", text))
@@ -330,6 +330,10 @@ def test_the_page_of_a_long_run_is_small(tmp_path: Path) -> None:
     assert "characters left out" in page.text
     long = group_view("step 1", [make_record(0, text="a" * 100_000)], frozenset())
     assert len(long) < 12 * SHOWN_CHARS
+    spans = [{"writer": "model", "text": "a" * 10_000}] * 60
+    many = Page(group_view("step 1", [make_record(0, spans=spans)], frozenset())).text
+    assert SHOWN_CHARS < many.count("a") < 3 * SHOWN_CHARS
+    assert "20 more spans are left out" in many
 
 
 def test_thinned_points_are_records_and_keep_the_spikes() -> None:
