@@ -90,7 +90,7 @@ MEMORY = (
     Panel("Preempted sequences", ("sampling/preemptions",)),
     Panel("Peak memory, GiB", ("perf/peak_memory_gib",)),
 )
-ELSEWHERE = ("step", "time", TIMING, "doctor/")  # what figures that are no panel's begin with
+ELSEWHERE = (TIMING, "doctor/")  # how figures begin that other sections show
 
 
 def report(argv: Sequence[str], console: Console) -> None:
@@ -169,7 +169,7 @@ def overview(runs: Sequence[PastRun]) -> str:
 def curves(runs: Sequence[PastRun], phase: str, panels: Sequence[Panel]) -> str:
     """The figures of a phase by step: in one run a colour for each figure, of several a plot each with the runs."""
     recorded = {name for run in runs for record in run.records[phase] for name in record}
-    rest = {name for name in recorded if not name.startswith(ELSEWHERE)}
+    rest = {name for name in recorded - {"step", "time"} if not name.startswith(ELSEWHERE)}
     if not rest:
         return missing(f"not recorded: {phase}.jsonl is not there or has no step")
     figures = _panels(runs, phase, panels, rest)
