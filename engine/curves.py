@@ -46,7 +46,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers from ``low`` to ``high``, both inclusive: multiples of 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # as good as one value
         return [low]
     rough = (high - low) / MAX_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
