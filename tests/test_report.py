@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -224,6 +224,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert not set(page.text) & {chr(code) for code in range(32) if chr(code) not in "\n\t"}
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec=None), max_size=60))
 def test_any_text_is_one_text_of_the_page(text: str) -> None:
     page = Page(f"<p>{escaped(text)}</p>")
@@ -350,6 +351,7 @@ def test_thinned_points_are_records_and_keep_the_spikes() -> None:
     assert f"{20_001 - len(xs)} points between the extremes are not drawn" in chart
 
 
+@settings(deadline=None)
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9))
 def test_ticks_are_round_few_and_inside(low: float, width: float) -> None:
     found = ticks(low, low + width)
@@ -369,6 +371,7 @@ def test_axes_are_brief() -> None:
     assert (spread(2, 6), spread(1, 6), spread(0, 6)) == ([0, 1], [0], [])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
 def test_a_histogram_leaves_nothing_out(values: list[int]) -> None:
     drawing = ElementTree.fromstring(re.search(r"<svg.*</svg>", histogram("x", {"a": values}))[0])  # type: ignore[index]
