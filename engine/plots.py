@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .curves import series, smooth
 from .metrics import read_records
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -86,33 +87,17 @@ def dress(axes: Axes, title: str, xlabel: str) -> None:
         axes.margins(x=0.01)
 
 
-def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the records that have a number under this name."""
-    pairs = [(record["step"] + 1, record[name]) for record in records if record.get(name) is not None]
-    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
-    return steps, values
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over about a tenth of the series, cut off at both ends."""
-    half = len(values) // 20
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    centre = np.arange(len(values))
-    first, last = np.maximum(centre - half, 0), np.minimum(centre + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
-
-
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
-    smooth = _smooth(values)
+    means = smooth(values)
     if len(values) > 20:
         axes.plot(steps, values, color=color, alpha=0.22, linewidth=1)
-    axes.plot(steps, smooth, color=color, linewidth=2, label=label, marker="o" if len(values) == 1 else None)
+    axes.plot(steps, means, color=color, linewidth=2, label=label, marker="o" if len(values) == 1 else None)
 
 
 def _lines(axes: Axes, records: Records, names: dict[str, tuple[str, str]], log: bool = False) -> bool:
     drawn = 0
     for name, (label, color) in names.items():
-        steps, values = _series(records, name)
+        steps, values = series(records, name)
         if len(steps):
             _line(axes, steps, values, label, color)
             drawn += 1
@@ -125,10 +110,10 @@ def _lines(axes: Axes, records: Records, names: dict[str, tuple[str, str]], log:
 
 
 def _reward(axes: Axes, records: Records) -> bool:
-    steps, values = _series(records, "reward")
-    spread_steps, spread = _series(records, "reward_std")
+    steps, values = series(records, "reward")
+    spread_steps, spread = series(records, "reward_std")
     if len(steps) and np.array_equal(steps, spread_steps):
-        centre, width = _smooth(values), _smooth(spread)
+        centre, width = smooth(values), smooth(spread)
         low, high = centre - width, centre + width
         axes.fill_between(steps, low, high, color=BLUE, alpha=0.10, linewidth=0, label="± std in group")
     names = {"reward": ("reward", BLUE), "rewards/answer": ("answer right", GREEN), "rewards/tag": ("R_tag", ORANGE)}

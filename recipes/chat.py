@@ -23,6 +23,7 @@ from ..data.tables import describe
 from ..engine.errors import UserError
 from ..engine.hf import load_hf
 from ..engine.model import Model
+from ..engine.page import visible
 from ..engine.tokenizer import Tokenizer
 from ..rollout.agent import AgentLimits, run_agent
 from ..rollout.cache import KVCache
@@ -34,7 +35,7 @@ from ..rollout.sampler import Sampler
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import MODES, Task
 from ..rollout.trajectory import Trajectory, Writer
-from ..rollout.view import Painter, visible
+from ..rollout.view import Painter
 from .command import Arguments, run_command
 
 BLOCK_SIZE = 16

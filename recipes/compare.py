@@ -31,7 +31,7 @@ def compare_results(argv: Sequence[str], console: Console) -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"), required=True,
                         help="two results, files RUN/evaluate/NAME.json")  # fmt: skip
     files = parser.parse_args(argv).compare
-    results = [_read(file) for file in files]
+    results = [read_result(file) for file in files]
     one, other = ([Outcome.from_dict(outcome) for outcome in result["outcomes"]] for result in results)
     found = compare(one, other)
     table = Table(title=f"{found['num_tasks']} tasks\nA: {files[0]}\nB: {files[1]}", title_justify="left")
@@ -49,7 +49,12 @@ def compare_results(argv: Sequence[str], console: Console) -> None:
     console.print(json.dumps(found), soft_wrap=True, markup=False)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> dict[str, Any]:
+    """What ``evaluate`` wrote.
+
+    Raises:
+        UserError: the file is missing or is no result.
+    """
     try:
         result = json.loads(file.read_text())
         result["outcomes"][0]["task"]

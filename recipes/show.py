@@ -40,16 +40,17 @@ def show(argv: Sequence[str], console: Console) -> None:
         records = [records[options.index]]
     if options.notebook is None:
         for record in records:
-            _check(record, VIEWED, options.file)
+            check_record(record, VIEWED, options.file)
             console.print(trajectory_panel(record))
         return
     if len(records) != 1:
         raise UserError(f"{options.file} holds {len(records)} records and a notebook is of one; name it by --index")
-    _check(records[0], VIEWED | {"sample", "executions"}, options.file)
+    check_record(records[0], VIEWED | {"sample", "executions"}, options.file)
     write_notebook(options.notebook, record_to_notebook(records[0]))
 
 
-def _check(record: dict[str, Any], needed: frozenset[str], path: Path) -> None:
+def check_record(record: dict[str, Any], needed: frozenset[str], path: Path) -> None:
+    """Raises UserError where a record of a file lacks a key."""
     if missing := needed - record.keys():
         raise UserError(f"a record in {path} lacks {min(missing)!r}; expected what Trajectory.to_record gives")
 

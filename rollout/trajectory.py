@@ -27,6 +27,11 @@ TRUNCATED: frozenset[Status] = frozenset({"turn_limit", "token_limit", "time_lim
 VOID_STATUSES: frozenset[Status] = TRUNCATED | {"void", "failed"}
 
 
+def masked_statuses(mask_void: bool, keep_truncated: bool) -> frozenset[Status]:
+    """How trajectories end that bear no loss: a truncated one does where its length has a cost of its own."""
+    return VOID_STATUSES - (TRUNCATED if keep_truncated else frozenset()) if mask_void else frozenset()
+
+
 @dataclass(slots=True)
 class Span:
     """Consecutive tokens of one writer.

@@ -14,20 +14,11 @@ from rich.console import Group as Stack
 from rich.panel import Panel
 from rich.text import Text
 
+from ..engine.page import visible
 from .grammar import GRAMMARS
 from .trajectory import Writer
 
 STYLES: dict[Writer, str] = {"prompt": "dim", "model": "green", "forced": "yellow", "environment": "cyan"}
-
-
-# A terminal obeys control characters, which models and tables may write too; they are shown instead.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
-
-
-def visible(text: str) -> str:
-    """Text from a model or a table as a terminal may get it: control characters are replaced by their pictures."""
-    return text.translate(CONTROLS)
 
 
 class Painter:
