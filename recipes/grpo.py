@@ -26,7 +26,7 @@ from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
 from ..engine.step import level, merged
 from ..kernels.linear import ROWS
-from ..rollout.trajectory import TRUNCATED, VOID_STATUSES, Group
+from ..rollout.trajectory import Group, masked_statuses
 from .capsule import Capture
 from .experts import Experts
 from .measure import measure
@@ -219,8 +219,7 @@ def to_examples(
 ) -> list[tuple[list[Example], list[str]]]:
     """The examples of each mini-batch, not weighed, and in words which expert or trajectory each of them is."""
     parts, settings = config.grpo.num_minibatches, config.grpo
-    kept_truncated = TRUNCATED if config.reward.overlong_buffer else frozenset()
-    mask = VOID_STATUSES - kept_truncated if settings.mask_void else frozenset()
+    mask = masked_statuses(settings.mask_void, config.reward.overlong_buffer > 0)
     contrasted = [group for group in groups if has_contrast(group, config.reward)]
     found = []
     for part in range(parts):

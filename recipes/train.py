@@ -25,6 +25,7 @@ from .evaluate import evaluate
 from .grpo import grpo
 from .hrm import hrm
 from .policy import load_policy
+from .report import write_report
 from .rollouts import Rollouts
 from .run import Run, launch
 from .sft import sft
@@ -48,6 +49,7 @@ def train(run: Run) -> None:
         if run.is_main:
             write_atomically(summary_file, json.dumps(_summary(run, results, peak), indent=1))
             plot_run(run.folder, run.folder / "run.png")
+            write_report([run.folder])
         run.say(run.planned.report())
     if run.is_main:
         _show(run)
@@ -94,6 +96,7 @@ def _show(run: Run) -> None:
     console.print(table)
     console.print(
         f"tokens an answer: {before['tokens']:.0f} -> {after['tokens']:.0f} | plots: {run.folder / 'run.png'} | "
+        f"report: {run.folder / 'report.html'} | "
         f"numbers: {run.folder / 'summary.json'}",
         soft_wrap=True,
     )
