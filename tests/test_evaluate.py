@@ -182,6 +182,7 @@ def interrupted(folder: Path, chunk: int) -> None:
         evaluate(run, policy, rollouts, "x")
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_and_gives_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,12 +167,12 @@ def check(ranks, roads):
                 torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("world_size", "roads"), [(2, ROADS), (4, FOUR)])
+@pytest.mark.parametrize(("world_size", "roads"), [(2, ROADS), pytest.param(4, FOUR, marks=pytest.mark.slow)])
 def test_twenty_steps_equal_fully_shard_and_the_unsharded_model(world_size, roads):
     check(run_ranks(both, world_size, roads), roads)
 
 
-@pytest.mark.parametrize("shard_size", [2, 1])
+@pytest.mark.parametrize("shard_size", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_so_do_copies_of_the_model(shard_size):
     check(run_ranks(with_copies, 4, HYBRID, shard_size), HYBRID)
 
