@@ -30,14 +30,13 @@ from ..rewards.value_match import parse_number
 from ..rollout.sandbox import Sandbox
 from ..rollout.task import Task
 from .metadata import describe_fully
-from .reading import read_frames
+from .reading import DATABASES, read_frames
 from .scorers import Rule, labels_met
 from .tables import MAX_ROWS, Dropped, describe
 
 Row = Mapping[str, Any]
 
 QUESTION_FILES = (".jsonl", ".json", ".csv")
-DATABASES = (".sqlite", ".sqlite3", ".db")
 NUMBER = "Answer with the number alone."
 LETTER = "Answer with the letter of one option."
 TEN_PERCENT = ("CorrelationAnalysis", "TrendForecasting", "StatisticalAnalysis")  # of TableBench

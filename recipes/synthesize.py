@@ -42,9 +42,10 @@ def _make(run: Run, folder: Path, sandbox: Sandbox) -> dict[str, Any]:
     sources = Sources(run.config, folder / "tables")
     benchmark = _benchmark(run, folder, sandbox)
     filters = Filters(item.task.question for item in benchmark.items) if benchmark else Filters()
+    taught: dict[str, Any] = {}  # what a model's teaching cost, and how often its attempts agreed
     if data.teacher == "scripted":
         production = Production(folder, filters, inputs=sources.digest(), threads=2 * run.config.sandbox.workers)
-        taught = teach_by_script(run, sources, production, sandbox)
+        teach_by_script(run, sources, production, sandbox)
     else:
         # All is made again from the replies on disk, at no cost, with what is learnt on the way.
         (folder / MANIFEST).unlink(missing_ok=True)

@@ -37,7 +37,7 @@ ROUNDS = 4  # the first, and those in which other questions stand in for what wa
 REQUESTS = 8  # at once, of a model
 
 
-def teach_by_script(run: Run, sources: Sources, production: Production, sandbox: Executes) -> dict[str, Any]:
+def teach_by_script(run: Run, sources: Sources, production: Production, sandbox: Executes) -> None:
     """Trajectories of the scripted teacher, in the configured strata; what was dropped is made up for."""
     data, seed = run.config.data, run.config.run.seed
     modes = data.mode_shares()
@@ -48,7 +48,6 @@ def teach_by_script(run: Run, sources: Sources, production: Production, sandbox:
         if not strata or number == ROUNDS:
             break
         problems = sources.training_problems(len(strata), f"train{number}", shares_with_code(modes) or modes)
-    return {}
 
 
 class ModelTeacher:
