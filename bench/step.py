@@ -200,12 +200,12 @@ def tokenizer(vocab: int) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", pad_token="<end>")
 
 
-def time_phases(trainer: GRPOTrainer, timer: Timer) -> None:
+def time_phases(trainer: GRPOTrainer, turns: Turns) -> None:
     """Has the trainer's generation, rewards and reference timed."""
 
     def timed(method: Callable[..., Any], phase: str, applies: Callable[..., bool]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with timer(phase) if applies(*args) else nullcontext():
+            with turns.timer(phase) if applies(*args) else nullcontext():
                 return method(*args, **kwargs)
 
         return run
@@ -255,12 +255,13 @@ class Turns(transformers.TrainerCallback):
         self._begin = self._now()
         self._ours.step(prompts, state.global_step, timer)
         self._keep("ours", timer)
-        self.timer.seconds.clear()
+        self.timer = Timer(self._device)
         self._begin = self._now()
 
     def _keep(self, side: str, timer: Timer) -> None:
         whole = self._now() - self._begin
-        known = {phase: timer.seconds[phase] for phase in PHASES[:-1]}
+        seconds = timer.seconds
+        known = {phase: seconds[phase] for phase in PHASES[:-1]}
         self.seconds[side].append({"step": whole, **known, "update": whole - sum(known.values())})
 
     def _now(self) -> float:
@@ -336,7 +337,7 @@ def measure(shape: tuple[int, ...], args: Namespace) -> common.Row:
                 memory[side] = pool.apply(peak_mib, (side, shape, args.device, folder))
         turns = Turns(Ours(shape, mesh, folder))
         trainer = make_trainer(shape, args.device, folder, WARM + args.repeats, turns.reward, [turns])
-        time_phases(trainer, turns.timer)
+        time_phases(trainer, turns)
         trainer.train()
         rates = common.in_turns(products(args.device), [(torch.zeros(0, device=mesh.device),)], 9)
     ours, trl = (

@@ -29,6 +29,7 @@ from groupwise.bench import common
 from groupwise.engine import AdamW, Mesh, Model, ShardedModel
 from groupwise.engine.batch import Batch, Example, pack
 from groupwise.engine.config import ModelConfig
+from groupwise.engine.flops import forward_flops, peak_of, work_of
 from groupwise.engine.objective import count, sft_loss, weigh
 from groupwise.engine.step import optimise
 from groupwise.kernels import linear
@@ -40,8 +41,6 @@ LARGE = 4e9  # parameters
 PROMPT_SHARE, COMPLETIONS = 0.25, 8
 LR, MAX_NORM, BETAS = 1e-5, 1.0, (0.9, 0.95)
 PRODUCT = {"cuda": 8192, "cpu": 2048}  # size of the square product that stands for the limit
-# Dense bfloat16 TFLOP/s by the maker's data sheets.
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 Step = Callable[[list[Batch]], float]  # micro-batches -> loss
 
@@ -131,21 +130,6 @@ def theirs(model: Model, mesh: Mesh, large: bool) -> Step:
     return step
 
 
-def arithmetic(shape: tuple[int, ...], batches: list[Batch]) -> float:
-    """Floating-point operations of a step: 6 a token and weight of a product, 12 D a head and pair of attention."""
-    layers, hidden, intermediate, query_heads, key_heads, vocab, _ = shape
-    size = hidden // query_heads
-    weights = layers * (2 * hidden * size * (query_heads + key_heads) + 3 * hidden * intermediate) + hidden * vocab
-    flops = 0.0
-    for batch in batches:
-        lengths = batch.cu_seqlens.diff().double()
-        pairs = (lengths * (lengths + 1) / 2).sum().item()
-        if batch.prefix is not None:
-            pairs += (lengths * lengths[batch.prefix.clamp(min=0).long()] * (batch.prefix >= 0)).sum().item()
-        flops += 6 * weights * batch.num_tokens + 12 * layers * query_heads * size * pairs
-    return flops
-
-
 def check(steps: dict[str, Step], inputs: list[list[Batch]], tolerance: float) -> None:
     """Stop unless both have the same losses, step after step."""
     for number, batches in enumerate(inputs):
@@ -177,16 +161,15 @@ def packed(shape: tuple[int, ...], mesh: Mesh, args: Any) -> common.Row:
     times = common.in_turns(
         contenders | {"product": lambda *_: linear(factor, factor)}, [(b[0].input_ids, b) for b in inputs], args.repeats
     )
-    flops = sum(arithmetic(shape, batches) for batches in inputs) / len(inputs)
-    tflops = flops / times["ours"] * 1e-9
-    peak = next((peak for name, peak in PEAKS.items() if name in device_name(mesh)), None)
+    flops = 3 * sum(forward_flops(model_config(shape), work_of(batches)) for batches in inputs) / len(inputs)
+    peak = peak_of(mesh.device, compute_dtype(mesh))
     on_gpu = mesh.device.type == "cuda"
     return {
         "batch": "packed",
         "layers x H x I x Hq x Hkv x V x T": "x".join(map(str, shape)),
         **{f"{name}_ms": time for name, time in times.items()},
         "tokens_a_second": shape[-1] / times["ours"] * 1e3 if on_gpu else None,
-        "mfu": tflops / peak if peak else None,
+        "mfu": flops / times["ours"] * 1e3 / peak.flops if peak else None,
         "share_of_limit": flops / (2 * size**3) * times["product"] / times["ours"],
         "speedup": times["theirs"] / times["ours"],
         **{f"{name}_peak_mib": peak for name, peak in memory.items()},
@@ -223,10 +206,6 @@ def make_model(shape: tuple[int, ...], mesh: Mesh) -> Model:
 
 def compute_dtype(mesh: Mesh) -> torch.dtype:
     return torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-
-
-def device_name(mesh: Mesh) -> str:
-    return torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
 
 
 def main() -> None:

@@ -37,9 +37,11 @@ class RunConfig:
     )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
     capture_steps: str = setting("", 'GRPO steps to keep for recipes.replay, such as "0,50"', changeable=True)
+    profile_steps: str = setting("", 'steps of each stage whose trace is kept, such as "12"', changeable=True)
 
     def __post_init__(self) -> None:
         step_numbers("run.capture_steps", self.capture_steps)
+        step_numbers("run.profile_steps", self.profile_steps)
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,8 @@ class ModelConfig:
                     f"model.initialization 'induction' is laid into biases, which model.model_type {self.model_type!r} "
                     "has not; choose 'qwen2' or initialization 'normal'"
                 )
-            for name, least in (
-                ("num_hidden_layers", 2),
-                ("num_key_value_heads", 2),
-                ("hidden_size", 3 * self.head_size),
-            ):
+            sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 3 * self.head_size}
+            for name, least in sizes.items():
                 if getattr(self, name) < least:
                     raise UserError(
                         f"model.{name} is {getattr(self, name)}, but model.initialization 'induction' takes at least "

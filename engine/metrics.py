@@ -5,7 +5,7 @@
         timer = Timer()
         with timer("generate"):
             ...
-        metrics.log(step, {"reward": 0.4, "lr": 1e-4, **timer.metrics()})
+        metrics.log(step, {"reward": 0.4, "lr": 1e-4, "timing_s/step": timer.elapsed_s()})
 
 Names are the ones practitioners read: reward, reward_std, frac_reward_zero_std, completions/mean_length,
 clip_ratio/low_mean, entropy, kl, grad_norm, lr, sampling/logp_difference_max, timing_s/generate, ...
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +44,8 @@ CONSOLE = (
     ("lr", "lr", ".2e"),
     ("timing_s/step", "s", ".2f"),
 )
+TIMING = "timing_s/"  # how the names of phases begin
+WHOLE = "timing_s/step"  # the step they are part of
 LINE_EVERY_S = 5.0  # between progress lines where there is no terminal
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -142,38 +144,89 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def cost_line(records: Sequence[Mapping[str, float]]) -> str:
+    """Where the time of some steps went, the largest first: shares of ``timing_s/step``; empty where none was timed."""
+    whole = sum(record.get(WHOLE, 0.0) for record in records)
+    if not whole:
+        return ""
+    names = {name for record in records for name in record if name.startswith(TIMING)} - {WHOLE}
+    costs = {name.removeprefix(TIMING): sum(record.get(name, 0.0) for record in records) for name in names}
+    costs["other"] = whole - sum(costs.values())
+    waited = sum(record.get("tools/wait_s", 0.0) for record in records)
+    ranked = sorted(costs.items(), key=lambda cost: -cost[1])
+    parts = [
+        f"{name} {cost / whole:.0%}"
+        + (f" ({waited / cost:.0%} of it waiting for tools)" if name == "generate" and waited > 0.01 * cost else "")
+        for name, cost in ranked
+        if cost >= 0.01 * whole or name == ranked[0][0]
+    ]
+    return f"time of {len(records)} steps, {whole / len(records):.2g} s each: {', '.join(parts)}"
+
+
 def say(text: str) -> None:
     """Prints a line above any progress bar."""
     _console.print(text, markup=False)
 
 
 class Timer:
-    """Seconds by phase; the same name adds up. ``with timer("generate"): ...``
+    """How long the phases of a step take. ``with timer("generate"): ...``; the same name adds up.
+
+    On CUDA nothing is waited for in between: at both ends of a phase an event goes into the current stream, and all are
+    read when they are asked for. A phase then lasts from where the device has done all that was asked before it to
+    where it has done what the phase asked: the time in which the device waits for the host, or the host for tools,
+    belongs to the phase in which it does, and host work that goes on beside the device's costs nothing. Phases that are
+    not nested never add up to more than the step.
+
+    A profiler shows them by their names.
 
     Args:
-        device: a CUDA device is waited for at both ends of a phase, so that its work counts where it was asked for.
+        device: where the work runs.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._phases: list[tuple[str, _Mark, _Mark]] = []
+        self._begin = self._mark()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begin = self._now()
+        begin = self._mark()
         try:
-            yield
+            with torch.profiler.record_function(phase):
+                yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - begin
+            self._phases.append((phase, begin, self._mark()))
 
-    def metrics(self) -> dict[str, float]:
-        """``timing_s/PHASE`` of each phase."""
-        return {f"timing_s/{phase}": seconds for phase, seconds in self.seconds.items()}
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase. On CUDA it waits for the device."""
+        found: dict[str, float] = {}
+        for phase, begin, end in self._phases:
+            found[phase] = found.get(phase, 0.0) + _between(begin, end)
+        return found
 
-    def _now(self) -> float:
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
-        return time.perf_counter()
+    def elapsed_s(self) -> float:
+        """Seconds since the timer was made. On CUDA it waits for the device."""
+        return _between(self._begin, self._mark())
+
+    def _mark(self) -> "_Mark":
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+_Mark = float | torch.cuda.Event  # a moment, by the host's clock or in a stream
+
+
+def _between(begin: _Mark, end: _Mark) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float)
+        assert isinstance(end, float)
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 class ProgressBar:

@@ -20,7 +20,7 @@ from ..engine.batch import Batch, Example, pack
 from ..engine.config import Config, GRPOConfig, RewardConfig
 from ..engine.doctor import Doctor
 from ..engine.errors import UserError
-from ..engine.metrics import Timer, read_records, say
+from ..engine.metrics import read_records, say
 from ..engine.objective import Stats, count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
 from ..engine.schedule import Schedule, mixing_schedule
@@ -30,6 +30,7 @@ from ..rollout.trajectory import Group, masked_statuses
 from .capsule import Capture
 from .experts import Experts
 from .measure import measure
+from .pace import Pace
 from .policy import load_policy, load_reference, save_policy
 from .rewarding import Rewarding
 from .rollouts import Rollouts, my_share
@@ -58,35 +59,35 @@ def grpo(run: Run) -> Path:
     doctor = Doctor(folder / "doctor.jsonl", run.mesh, records, training.start)
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
-            timer = Timer(run.mesh.device)
-            sample = partial(sample_round, run, rollouts, rewarding, timer, training.capture, step)
+            sample = partial(sample_round, run, rollouts, rewarding, training.pace, training.capture, step)
             asked, groups = ask(run, pool, step, sample)
-            others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
-            imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
-            minibatches = to_minibatches(run, groups, imitated)
+            with training.pace("data"):
+                others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
+                imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
+                minibatches = to_minibatches(run, groups, imitated)
             training.capture.holds(imitated, minibatches)
+            every = [batch for batches in minibatches for batch in batches]
             if settings.num_iterations * settings.num_minibatches > 1:
-                with timer("old_logprob"):
-                    for batch in (batch for batches in minibatches for batch in batches):
+                with training.pace("old_logprob", every):
+                    for batch in every:
                         batch.old_logprob = policy.model.logprobs(batch, temperature)
             if reference is not None:
-                with timer("reference"):
-                    for batch in (batch for batches in minibatches for batch in batches):
+                with training.pace("reference", every):
+                    for batch in every:
                         batch.ref_logprob = reference.logprobs(batch, temperature)
-            with timer("update"):
-                updates = [
-                    training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
-                    for _ in range(settings.num_iterations)
-                    for batches in minibatches
-                ]
-            record = measure(run, groups, merged(updates), timer) | rollouts.metrics() | rewarding.metrics(step)
+            updates = [
+                training.update(step, batches, partial(loss_fn, gamma=gamma(step)))
+                for _ in range(settings.num_iterations)
+                for batches in minibatches
+            ]
+            record = measure(run, groups, merged(updates)) | rollouts.metrics() | rewarding.metrics(step)
             record["gamma"] = gamma(step)
             if run.config.rollout.exact and record.get("sampling/logp_difference_max"):
                 raise UserError(
                     f"rollout.exact: trainer and sampler differ by {record['sampling/logp_difference_max']:g}, "
                     "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
-            training.metrics.log(step, record | doctor.examine(step, record))
+            training.log(step, record | doctor.examine(step, record))
     save_policy(run, policy, folder / "model")
     return folder / "model"
 
@@ -121,7 +122,7 @@ def sample_round(
     run: Run,
     rollouts: Rollouts,
     rewarding: Rewarding,
-    timer: Timer,
+    pace: Pace,
     capture: Capture,
     step: int,
     mine: Sequence[Expert],
@@ -130,7 +131,7 @@ def sample_round(
     """Groups for the tasks of this rank, with their rewards, recorded. Every rank calls it together."""
     name = f"grpo/{step:06d}" if number == 0 else f"grpo/{step:06d}.{number}"
     seed = (run.config.run.seed + 1_009 * number) * 1_000_003 + step
-    with timer("generate"):
+    with pace("generate"):
         groups = rollouts.sample(
             [expert.task for expert in mine],
             run.config.grpo.num_generations,
@@ -139,7 +140,8 @@ def sample_round(
             seed=seed,
             record=name,
         )
-    with timer("reward"):
+    pace.add_tokens("generate", sum(one.completion_tokens for group in groups for one in group.trajectories))
+    with pace("reward"):
         rewarding.score(groups, step)
         for group in groups:
             set_advantages(group, run)

@@ -72,16 +72,17 @@ def _trained(run: Run, folder: Path) -> Policy:
     training = Training(run, scorer, "hrm", settings.steps, fitting_rate(settings.lr, settings.steps))
     for step in training.steps():
         drawn = places(step, run.config.sft.sequences_per_step, taught + len(searched), run.config.run.seed)
-        shown = experts.under_names([experts.all[place] for place in drawn if place < taught], step)
-        sequences = [expert_sequence(expert, scorer.tokenizer, settings.labels) for expert in shown]
-        sequences += [searched[place - taught] for place in drawn if place >= taught]
-        # Every rank draws all of them, so each knows the divisor.
-        divisor = sum(sequence.num_labels for sequence in sequences)
-        mine = my_share(run, sequences, len)
-        batches = pack_steps(mine, run.config.optimizer.tokens_per_microbatch, mesh.device)
+        with training.pace("data"):
+            shown = experts.under_names([experts.all[place] for place in drawn if place < taught], step)
+            sequences = [expert_sequence(expert, scorer.tokenizer, settings.labels) for expert in shown]
+            sequences += [searched[place - taught] for place in drawn if place >= taught]
+            # Every rank draws all of them, so each knows the divisor.
+            divisor = sum(sequence.num_labels for sequence in sequences)
+            mine = my_share(run, sequences, len)
+            batches = pack_steps(mine, run.config.optimizer.tokens_per_microbatch, mesh.device)
         update = training.update(step, batches, partial(step_loss, sequences=mine, divisor=divisor))
         record = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
-        training.metrics.log(step, {**record, "accuracy": update.stats["right"] / divisor})
+        training.log(step, {**record, "accuracy": update.stats["right"] / divisor})
     save_policy(run, scorer, folder)
     return scorer
 

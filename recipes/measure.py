@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from ..engine.metrics import Timer, peak_memory_gib
+from ..engine.metrics import peak_memory_gib
 from ..engine.objective import summarise
 from ..engine.step import Update
 from ..rollout.trajectory import TRUNCATED, Group
 from .run import Run
 
 
-def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> dict[str, float]:
+def measure(run: Run, groups: Sequence[Group], update: Update) -> dict[str, float]:
     """The record of a step over all ranks, by the names practitioners read."""
     mine = [
         {
@@ -57,4 +57,4 @@ def measure(run: Run, groups: Sequence[Group], update: Update, timer: Timer) -> 
     if scored:
         record |= {"reward": fmean(row["reward"] for row in scored), "reward_std": fmean(deviations)}
         record |= {f"rewards/{name}": fmean(row["parts"][name] for row in scored) for name in scored[0]["parts"]}
-    return {**record, **summarise(update.stats), **timer.metrics()}
+    return {**record, **summarise(update.stats)}

@@ -24,6 +24,7 @@ from ..data.report import COUNTS
 from ..engine.charts import COLORS, MAX_BARS, Line, histogram, interval_chart, line_chart, stacked_chart
 from ..engine.curves import series
 from ..engine.errors import UserError
+from ..engine.metrics import TIMING, WHOLE
 from ..engine.page import escaped, folded, grid, missing, note, sections, table, write_page
 from ..rollout.group_view import group_view
 from .command import Arguments, run_command
@@ -33,7 +34,6 @@ from .scoreboard import sections as score_sections
 
 GIB = 2**30
 LISTED = 40  # rows of a table of counts
-TIMING = "timing_s/"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ GRPO = (
     Panel("Effective sample size, share", ("sampling/ess",)),
     Panel("Tokens that bear loss", ("tokens/*",)),
     Panel("Tokens sampled a second", ("sampling/tokens_per_s",)),
+    Panel("Tokens a second by phase", ("perf/tokens_per_s/*",), log=True),
+    Panel("Share of the device's peak: products (mfu), bandwidth of decoding (mbu)", ("perf/mfu*", "perf/mbu")),
+    Panel("Seconds that rollouts waited for tools", ("tools/wait_s",)),
 )
 MEMORY = (
     Panel("KV blocks used at most, share", ("sampling/kv_peak_share",)),
@@ -300,7 +303,7 @@ def timing(runs: Sequence[PastRun]) -> str:
     parts = []
     for run in runs:
         records = run.records["grpo"]
-        names = sorted({name for record in records for name in record if name.startswith(TIMING)} - {f"{TIMING}step"})
+        names = sorted({name for record in records for name in record if name.startswith(TIMING)} - {WHOLE})
         if not names:
             parts.append(missing(f"{run.name}: the time of phases is not recorded"))
             continue
@@ -316,6 +319,8 @@ def timing(runs: Sequence[PastRun]) -> str:
         costs = [(names[place].removeprefix(TIMING), float(sums[place])) for place in np.argsort(-sums)]
         rows = [(name, f"{cost:.1f}", f"{cost / len(records):.3g}", f"{cost / total:.1%}") for name, cost in costs]
         largest = f"The largest cost is {rows[0][0]}: {rows[0][3]} of {total:.0f} s in {len(records)} steps."
+        if waited := sum(record.get("tools/wait_s") or 0.0 for record in records):
+            largest += f" Rollouts waited {waited:.1f} s for tools, {waited / total:.1%}, with nothing to decode."
         details = f"<figure>{table(('phase', 's in all', 's a step', 'share'), rows)}{note(largest)}</figure>"
         parts.append(grid(chart, details))
     return "".join(parts)

@@ -35,6 +35,7 @@ class Rollouts:
         settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
         self._policy, self._mesh, self._folder = policy, run.mesh, run.folder / "trajectories"
         self._limits = agent_limits(settings)
+        self._waited_s = 0.0  # since the last metrics
         self.sampler = Sampler(
             cast(Model, policy.model.module),
             policy.tokenizer,
@@ -83,6 +84,7 @@ class Rollouts:
                     seed=seed,
                     openings=openings,
                     progress=recorder.add,
+                    waited=self._add_wait,
                 )
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
@@ -100,11 +102,18 @@ class Rollouts:
         return self._folder / f"{name}.rank{self._mesh.rank}.jsonl"
 
     def metrics(self) -> dict[str, float]:
-        """What all ranks sampled since the last call: their sum of tokens a second, and means. Collective."""
-        ranks = self._mesh.all_gather_object(self.sampler.metrics())
+        """What all ranks sampled since the last call: their sum of tokens a second, and means. Collective.
+
+        ``tools/wait_s`` are seconds in which code ran and nobody had a token to decode.
+        """
+        ranks = self._mesh.all_gather_object(self.sampler.metrics() | {"tools/wait_s": self._waited_s})
+        self._waited_s = 0.0
         found = {name: fmean(rank[name] for rank in ranks) for name in ranks[0]}
         found["sampling/tokens_per_s"] *= len(ranks)
         return found
+
+    def _add_wait(self, seconds: float) -> None:
+        self._waited_s += seconds
 
     def __enter__(self) -> Self:
         return self

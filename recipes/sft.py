@@ -39,12 +39,13 @@ def sft(run: Run) -> Path:
     training = Training(run, policy, "sft", settings.steps, fitting_rate(settings.lr, settings.steps))
     for step in training.steps():
         drawn = places(step, settings.sequences_per_step, len(shown), run.config.run.seed)
-        examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
-        mine = balance(examples, mesh.world_size)[mesh.rank]
-        weigh(mine, count(mine).summed(mesh))
-        batches = pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device, ROWS)
+        with training.pace("data"):
+            examples = experts.examples([shown[i] for i in drawn], step, policy.tokenizer, prompt_weight(step))
+            mine = balance(examples, mesh.world_size)[mesh.rank]
+            weigh(mine, count(mine).summed(mesh))
+            batches = pack(mine, run.config.optimizer.tokens_per_microbatch, mesh.device, ROWS)
         update = training.update(step, batches, sft_loss)
-        training.metrics.log(step, {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
+        training.log(step, {"loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
     save_policy(run, policy, folder / "model")
     return folder / "model"
 

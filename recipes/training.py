@@ -1,6 +1,6 @@
 """A policy in training: its optimiser, its learning rate, its checkpoints and its metrics, for SFT and GRPO alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -10,16 +10,18 @@ from ..engine.batch import Batch
 from ..engine.checkpoint import load_checkpoint
 from ..engine.config import OptimizerConfig
 from ..engine.manifest import list_checkpoints
-from ..engine.metrics import Metrics, progress
+from ..engine.metrics import Metrics, cost_line, progress
 from ..engine.optim import AdamW
 from ..engine.saver import Saver
 from ..engine.schedule import Schedule
 from ..engine.step import LossFunction, Update, optimise
 from .capsule import Capture
+from .pace import Pace, traced
 from .policy import Policy
 from .run import Run
 
 LINE_EVERY = 10  # steps between two lines on the console
+COSTS_EVERY = 100  # steps between two lines that say where time goes; the first comes after LINE_EVERY
 BETAS = (0.9, 0.95)  # of AdamW
 KEPT_CHECKPOINTS = 2
 
@@ -46,7 +48,8 @@ class Training:
             state = load_checkpoint(checkpoints, model=policy.model, optimizer=self.optimizer, mesh=run.mesh)
             self.start = state["step"]
             run.say(f"{phase}: resumed after step {self.start}")
-        self.capture = Capture(run, policy.model, phase)
+        self.capture, self.pace = Capture(run, policy.model, phase), Pace(run, policy.config)
+        self._costs: list[Mapping[str, float]] = []  # records since the last line on costs
         self.saver = Saver(checkpoints, run.mesh, KEPT_CHECKPOINTS)
         self.metrics = Metrics(
             run.folder, run.mesh, phase=phase, start_step=self.start, total_steps=stop, console_every=LINE_EVERY
@@ -62,7 +65,9 @@ class Training:
         with self.metrics, self.run.stop_between_steps():
             for step in progress(range(self.start, self.stop), self.phase, rank=self.run.mesh.rank):
                 self.capture.begin(step)
-                yield step
+                self.pace.begin()
+                with traced(self.run, self.phase, step):
+                    yield step
                 self.capture.end()
                 done = step + 1
                 self.saver.poll()
@@ -81,19 +86,30 @@ class Training:
         """
         settings = self.run.config.optimizer
         self.capture.before()
-        update = optimise(
-            self.policy.model,
-            self.optimizer,
-            batches,
-            loss_fn,
-            mesh=self.run.mesh,
-            lr=self.lr(step),
-            max_grad_norm=settings.max_grad_norm,
-            reduce_every_microbatch=settings.reduce_every_microbatch,
-            keep=partial(self.capture.keep, batches),
-        )
+        with self.pace("update", batches):
+            update = optimise(
+                self.policy.model,
+                self.optimizer,
+                batches,
+                loss_fn,
+                mesh=self.run.mesh,
+                lr=self.lr(step),
+                max_grad_norm=settings.max_grad_norm,
+                reduce_every_microbatch=settings.reduce_every_microbatch,
+                keep=partial(self.capture.keep, batches),
+            )
         self.capture.after(batches, update)
         return update
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        """Writes the record of a step with what it took, and now and then says where time went. Collective."""
+        record = {**record, **self.pace.metrics()}
+        self.metrics.log(step, record)
+        self._costs.append(record)
+        made = step + 1 - self.start
+        if made == LINE_EVERY or made % COSTS_EVERY == 0 or step + 1 == self.stop:
+            self.run.say(f"{self.phase}: {cost_line(self._costs)}")
+            self._costs.clear()
 
 
 def new_optimizer(settings: OptimizerConfig, policy: Policy, lr: float) -> AdamW:

@@ -128,6 +128,7 @@ def run_agent(
     seed: int,
     openings: Sequence[Sequence[str]] | None = None,
     progress: Callable[[Trajectory], None] | None = None,
+    waited: Callable[[float], None] | None = None,
 ) -> list[Group]:
     """Samples groups of trajectories.
 
@@ -142,6 +143,7 @@ def run_agent(
         openings: for each task the texts of code turns with which all of its trajectories start, none by default; they
             are spans of the writer "forced", and they count as turns.
         progress: called with each trajectory as it ends.
+        waited: called with the seconds of each time in which code ran and the sampler had nothing to do.
 
     Raises:
         UserError: `num_generations` below 1, a task's file is missing, an opening is no code turn of its task's
@@ -156,7 +158,7 @@ def run_agent(
     for task, opening in zip(tasks, openings, strict=True):
         task_files(task.files)
         _check_opening(task, opening)
-    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress)
+    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress, waited)
     groups = [Group(task, [Trajectory(task, index, []) for index in range(num_generations)]) for task in tasks]
     try:
         for group, number, opening in zip(groups, _stream_numbers(tasks), openings, strict=True):
@@ -178,9 +180,10 @@ class _Loop:
         params: SamplingParams,
         limits: AgentLimits,
         progress: Callable[[Trajectory], None] | None,
+        waited: Callable[[float], None] | None,
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
-        self._params, self._limits, self._progress = params, limits, progress
+        self._params, self._limits, self._progress, self._waited = params, limits, progress, waited
         self._max_wall_s = limits.max_wall_s or math.inf
         self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
@@ -221,8 +224,13 @@ class _Loop:
         """Sleeps until an execution is done, or until a trajectory has had its time."""
         deadline = min(episode.deadline for episode in self._executing.values())
         timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        begin, done = time.perf_counter(), None
         with suppress(Empty):
-            self._read_execution(self._executed.get(timeout=timeout))
+            done = self._executed.get(timeout=timeout)
+        if self._waited is not None:
+            self._waited(time.perf_counter() - begin)
+        if done is not None:
+            self._read_execution(done)
 
     def _read_executions(self) -> None:
         with suppress(Empty):

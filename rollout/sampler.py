@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..engine.errors import UserError
 from ..engine.exact import check_exact
+from ..engine.flops import decode_weights, peak_of
 from ..engine.metrics import ProgressBar, free_memory
 from ..engine.model import Model
 from ..engine.settings import kv_bytes
@@ -30,7 +31,7 @@ from .generation import Completion, Draft, Generation, draws_of
 from .scheduler import Scheduler, Step, rows_of
 from .stop import Decodes, StopFinder
 
-_COUNTS = ("prefill_tokens", "decode_steps", "decode_tokens", "copied_blocks", "sampled_tokens")
+_COUNTS = ("prefill_tokens", "decode_steps", "decode_tokens", "attended_tokens", "copied_blocks", "sampled_tokens")
 
 
 class Sampler:
@@ -91,7 +92,9 @@ class Sampler:
             )
         self._max_length = config.max_position_embeddings
         self._vocab_size = config.vocab_size
-        self._block_bytes = block_bytes
+        self._block_bytes, self._token_bytes = block_bytes, block_bytes // block_size
+        self._weight_bytes = decode_weights(config) * weight.itemsize
+        self._peak = peak_of(self._device, weight.dtype)
         self._cache = KVCache(config, num_blocks, block_size, self._device, weight.dtype)
         self._tables = BlockTables(num_blocks, block_size, -(-self._max_length // block_size))
         self._forward = Forward(model, self._cache, self._tables, exact=exact)
@@ -122,9 +125,10 @@ class Sampler:
         """Counts since the start.
 
         ``prefill_tokens`` computed in prefills (``recomputed_tokens`` of them not for the first time),
-        ``prefix_hit_tokens`` that were stored already, ``decode_steps`` and ``decode_tokens``, ``sampled_tokens``,
-        ``copied_blocks`` on write, ``peak_blocks``, ``used_blocks`` and ``num_blocks`` of the cache,
-        ``preemptions`` of running requests and ``evictions`` of idle ones.
+        ``prefix_hit_tokens`` that were stored already, ``decode_steps`` and ``decode_tokens``, ``attended_tokens`` that
+        those saw, each sequence for itself, ``sampled_tokens``, ``copied_blocks`` on write, ``peak_blocks``,
+        ``used_blocks`` and ``num_blocks`` of the cache, ``preemptions`` of running requests and ``evictions`` of idle
+        ones.
         """
         return {
             **self._counts,
@@ -141,19 +145,26 @@ class Sampler:
         """Figures since the last call, by the names of a training record; the peak of the cache since the start.
 
         ``sampling/tokens_per_s`` counts the time inside :meth:`poll`; ``sampling/prefix_hit_rate`` is the share of the
-        tokens of prompts and observations that were stored already.
+        tokens of prompts and observations that were stored already. ``perf/mbu``, where the device's bandwidth is
+        known, is the share of it that decoding needs: the weights once a step, and keys and values once a sequence, by
+        the time inside :meth:`poll`, prefills included. Where the samples of a prompt read its keys together, less is
+        read than that.
         """
         now = {**self.stats, "seconds": self._seconds}
         new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
         self._seen = now
         prompts = new["prefix_hit_tokens"] + new["prefill_tokens"]
-        return {
+        found = {
             "sampling/tokens_per_s": new["sampled_tokens"] / new["seconds"] if new["seconds"] else 0.0,
             "sampling/prefix_hit_rate": new["prefix_hit_tokens"] / prompts if prompts else 0.0,
             "sampling/kv_peak_gib": now["peak_blocks"] * self._block_bytes / 2**30,
             "sampling/kv_peak_share": now["peak_blocks"] / now["num_blocks"],
             "sampling/preemptions": new["preemptions"],
         }
+        if self._peak is not None and new["seconds"]:
+            read = new["decode_steps"] * self._weight_bytes + new["attended_tokens"] * self._token_bytes
+            found["perf/mbu"] = read / new["seconds"] / self._peak.bandwidth
+        return found
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int:
         """Queues a prompt. Requests that wait with equal prompts have it prefilled once and share its blocks.
@@ -352,13 +363,15 @@ class Sampler:
         self._prepare(copies)
         # Neighbours whose tables begin alike are the samples of one prompt.
         requests.sort(key=lambda each: int(self._tables.tables[each.row, 0]))
+        rows = rows_of(requests)
         names = [(request.number, request.stops) for request in requests]
         drawn = self._forward.decode(
-            self._last_ids(requests), rows_of(requests), draws_of(requests), same_rows=names == self._decoded
+            self._last_ids(requests), rows, draws_of(requests), same_rows=names == self._decoded
         )
         self._decoded = names
         self._counts["decode_steps"] += 1
         self._counts["decode_tokens"] += len(requests)
+        self._counts["attended_tokens"] += int(self._tables.lengths[rows].sum())
         return Draft(requests, drawn)
 
     def _last_ids(self, requests: Sequence[Generation]) -> Tensor:

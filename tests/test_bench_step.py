@@ -42,7 +42,7 @@ def test_both_sides_agree_and_take_turns(folder: Path) -> None:
     """The benchmark ends the process where loss or gradient norm differ, or a completion has another length."""
     turns = Turns(Ours(SHAPE, Mesh(), folder))
     trainer = make_trainer(SHAPE, "cpu", folder, WARM + 1, turns.reward, [turns])
-    time_phases(trainer, turns.timer)
+    time_phases(trainer, turns)
     trainer.train()
     for steps in turns.seconds.values():
         assert len(steps) == WARM + 1

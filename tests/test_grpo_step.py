@@ -12,7 +12,6 @@ from groupwise.data.trajectories import Expert
 from groupwise.engine.config import load_config
 from groupwise.engine.errors import UserError
 from groupwise.engine.mesh import Mesh
-from groupwise.engine.metrics import Timer
 from groupwise.engine.objective import group_advantages
 from groupwise.engine.step import Update
 from groupwise.recipes.grpo import ask, has_contrast, set_advantages, to_minibatches
@@ -176,12 +175,12 @@ def test_the_record_counts_what_the_judge_left_out() -> None:
     one = Group(task, [trajectory(task, 0, 1.0), trajectory(task, 1, 0.0), trajectory(task, 2, 0.0, scored=False)])
     run = step_of("reward.judge=m@http://localhost:1/v1")
     set_advantages(one, run)
-    record = measure(run, [one], Update(0.5, 0.1, 1e-3), Timer())
+    record = measure(run, [one], Update(0.5, 0.1, 1e-3))
     assert record["rewards/unjudged"] == pytest.approx(1 / 3)
     assert record["reward"] == record["rewards/answer"] == 0.5
     assert (record["groups/asked"], record["groups/contrasted"], record["frac_reward_zero_std"]) == (1, 1, 0)
     nobody = Group(task, [trajectory(task, 0, 0.0, scored=False)])
-    record = measure(run, [nobody], Update(0.0, 0.0, 1e-3), Timer())
+    record = measure(run, [nobody], Update(0.0, 0.0, 1e-3))
     assert record["rewards/unjudged"] == 1
     assert "reward" not in record
 

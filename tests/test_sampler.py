@@ -9,6 +9,7 @@ from sampled import CONFIG, Letters, drain, full_logprobs, prompts, random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from groupwise.engine.errors import UserError
+from groupwise.engine.flops import Peak
 from groupwise.engine.metrics import free_memory
 from groupwise.engine.model import Model
 from groupwise.rollout.cache import KVCache
@@ -290,6 +291,22 @@ def test_metrics_are_of_the_time_since_they_were_asked(model):
     assert found["sampling/kv_peak_share"] == engine.stats["peak_blocks"] / engine.stats["num_blocks"]
     assert found["sampling/tokens_per_s"] > 0
     assert engine.metrics()["sampling/tokens_per_s"] == 0
+
+
+def test_the_share_of_the_bandwidth_is_what_decoding_must_read_over_its_time(model, monkeypatch):
+    assert "perf/mbu" not in sampler(model).metrics()  # a CPU has no known bandwidth
+    monkeypatch.setattr("groupwise.rollout.sampler.peak_of", lambda *_: Peak(1.0, 1e6))
+    engine, lengths = sampler(model), (18, 5)
+    done = engine.generate([prompt for prompt in prompts(*lengths) for _ in range(2)], SamplingParams(max_tokens=5))
+    drawn = [len(completion.token_ids) for completion in done]
+    # A prefill draws the first token; each later one is drawn by a step that sees all before it.
+    seen = [length + k for length, n in zip((18, 18, 5, 5), drawn, strict=True) for k in range(1, n)]
+    assert engine.stats["attended_tokens"] == sum(seen)
+    keys = 2 * 3 * 2 * 12 * 4  # of a token and its values: 3 layers, 2 heads of 12, float32
+    weights = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 2)  # the embedding is the head
+    read = engine.stats["decode_steps"] * weights + sum(seen) * keys
+    assert engine.metrics()["perf/mbu"] == pytest.approx(read / engine._seconds / 1e6)
+    assert "perf/mbu" not in engine.metrics()
 
 
 def test_memory_may_be_a_share_of_the_device(model):

@@ -27,8 +27,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def new_training(folder, stop=6):
-    run = Run(load_config(None, [f"run.folder={folder}", "run.checkpoint_every=2"]), Mesh())
+def new_training(folder, stop=6, overrides=()):
+    run = Run(load_config(None, [f"run.folder={folder}", "run.checkpoint_every=2", *overrides]), Mesh())
     return Training(run, Policy(ShardedModel(small_model(), run.mesh), CONFIG, None), "sft", stop, lambda step: 0.01)
 
 
