@@ -161,9 +161,9 @@ class Sampler:
             "sampling/kv_peak_share": now["peak_blocks"] / now["num_blocks"],
             "sampling/preemptions": new["preemptions"],
         }
-        if self._peak is not None and new["seconds"]:
+        if self._peak is not None:
             read = new["decode_steps"] * self._weight_bytes + new["attended_tokens"] * self._token_bytes
-            found["perf/mbu"] = read / new["seconds"] / self._peak.bandwidth
+            found["perf/mbu"] = read / new["seconds"] / self._peak.bandwidth if new["seconds"] else 0.0
         return found
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, stream: tuple[int, int, int]) -> int:

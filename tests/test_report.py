@@ -111,7 +111,7 @@ def make_run(folder: Path, steps: int = 6, text: str = "2", seed: int = 0) -> Pa
              "lr", "grad_norm", "loss", "gamma", "completions/mean_length", "sampling/kv_peak_share",
              "custom/figure")  # fmt: skip
     for step in range(steps):
-        timing = {"timing_s/generate": 2.0 + step, "timing_s/update": 1.0, "timing_s/step": 99.0}
+        timing = {"timing_s/generate": 2.0 + step, "timing_s/update": 1.0, "timing_s/step": 99.0, "tools/wait_s": 0.5}
         values = {name: float(rng.normal()) for name in names} | timing
         lines["grpo"].append({"step": step, "time": 1e9 + step, **values, "kl": None if step == 1 else values["kl"]})
         lines["sft"].append({"step": step, "time": 1e9, "loss": math.exp(-step)})
@@ -173,7 +173,7 @@ def test_bars_findings_and_scores_are_the_records(tmp_path: Path) -> None:
         for told in (f"generate {2.0 + step} s", "update 1.0 s", "answered 2.0", "void 2.0", "ok 2.0", "error 2.0"):
             assert f"step {step + 1}: {told}" in page.titles
     assert not any("99" in title for title in page.titles)  # the sum of the phases is no phase
-    assert "The largest cost is generate: 81.8% of 33 s in 6 steps." in page.text
+    assert "The largest cost is generate: 81.8% of 33 s in 6 steps. Rollouts waited 3.0 s for tools, 9.1%" in page.text
     assert "steps 1 to 2: 8 values, mean 6.5, median 6.5, at most 13.0" in page.titles
     assert "kl_spike since step 4, in 0 steps" in page.text
     assert "sft, pass@1: 0.25, interval 0.25 to 0.25" in page.titles
