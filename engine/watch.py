@@ -8,6 +8,8 @@ thread reaches a verdict where
 - a collective has used up all but the last seconds of ``timeout_s``: the ranks that entered fewest collectives are
   those it waits for, unless some give no sign of life at all. A rank may compute for as long as nobody waits for it.
 
+That a rank was asked to stop travels the same way: ``stop_requested`` is true on all ranks within seconds.
+
 The verdict is raised in the main thread by the collective that fails or that comes next. A main thread that is stuck in
 a collective, or comes to none in two seconds, cannot raise it: then the thread ends the process with that sentence.
 """
@@ -95,6 +97,7 @@ class State:
     what: str = "no collective"
     age_s: float = 0.0  # since it entered that
     end: str | None = None  # the cause of its end; "" where it leaves of its own accord
+    stopping: bool = False  # it was asked to stop
     heard: float = field(default_factory=time.monotonic)  # by the reader's clock
 
     @property
@@ -113,6 +116,7 @@ class Watch:
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 600.0, on_cuda: bool = False) -> None:
         self.rank, self._on_cuda = rank, on_cuda
+        self.stop_requested = False  # of any rank, as far as this one has heard
         self._mine = State(beat=0)
         self._latest_since = time.monotonic()
         self._under_way: dict[int, Collective] = {}  # changed by the main thread alone, oldest first
@@ -213,6 +217,11 @@ class Watch:
         beat = self._mine.beat
         self._look(GRACE_S / 4, lambda: self._mine.beat >= beat + 2)  # the first may have been under way
 
+    def request_stop(self) -> None:
+        """Tell the others that this rank was asked to stop; safe in a signal handler."""
+        self.stop_requested = self._mine.stopping = True
+        self._wake.put(None)
+
     def _look(self, seconds: float, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + seconds
         while self._thread is not None and not until() and time.monotonic() < deadline:
@@ -250,6 +259,7 @@ class Watch:
             state = State(**{**json.loads(text), "heard": time.monotonic()})
             if state.beat != self._peers[rank].beat:
                 self._peers[rank] = state
+                self.stop_requested = self.stop_requested or state.stopping
 
     def _judge(self, gone: list[int]) -> RankLost | None:
         dead = [rank for rank in gone if self._peers[rank].end is None]

@@ -33,7 +33,7 @@ from .measure import measure
 from .policy import load_policy, load_reference, save_policy
 from .rewarding import Rewarding
 from .rollouts import Rollouts, my_share
-from .run import Run, launch
+from .run import Run, Stopped, launch
 from .training import Training, places
 
 Sample = Callable[[Sequence[Expert], int], list[Group]]  # tasks of this rank, round -> their groups, with rewards
@@ -60,7 +60,10 @@ def grpo(run: Run) -> Path:
         for step in training.steps():
             timer = Timer(run.mesh.device)
             sample = partial(sample_round, run, rollouts, rewarding, timer, training.capture, step)
-            asked, groups = ask(run, pool, step, sample)
+            try:
+                asked, groups = ask(run, pool, step, sample)
+            except Stopped:
+                continue  # training.steps saves what was before this step, and ends
             others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
             imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
             minibatches = to_minibatches(run, groups, imitated)

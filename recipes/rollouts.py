@@ -18,7 +18,7 @@ from ..rollout.spread import spread
 from ..rollout.task import Task
 from ..rollout.trajectory import Group
 from .policy import Policy
-from .run import Run
+from .run import Run, Stopped
 
 Item = TypeVar("Item")
 
@@ -33,7 +33,8 @@ class Rollouts:
 
     def __init__(self, run: Run, policy: Policy) -> None:
         settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
-        self._policy, self._mesh, self._folder = policy, run.mesh, run.folder / "trajectories"
+        self._run, self._policy, self._mesh = run, policy, run.mesh
+        self._folder = run.folder / "trajectories"
         self._limits = agent_limits(settings)
         self.sampler = Sampler(
             cast(Model, policy.model.module),
@@ -62,6 +63,7 @@ class Rollouts:
 
         Raises:
             RuntimeError: all of them failed, by log-probabilities that are not finite or by files that are gone.
+            Stopped: on all ranks, as soon as one of them was asked to stop.
         """
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
@@ -83,9 +85,12 @@ class Rollouts:
                     seed=seed,
                     openings=openings,
                     progress=recorder.add,
+                    stop=lambda: self._mesh.watch.stop_requested,
                 )
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
+        if self._run.agree_to_stop():
+            raise self._run.stopped()
         found = [trajectory for group in groups for trajectory in group.trajectories]
         if found and all(trajectory.status == "failed" for trajectory in found):
             raise RuntimeError(f"all {len(found)} trajectories failed, the first of them so: {found[0].error}")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ..engine.tokenizer import Tokenizer
     from .sampler import Completion
 
+STOP_LOOK_S = 0.5  # between two looks whether to stop, while nobody decodes
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,6 +130,7 @@ def run_agent(
     seed: int,
     openings: Sequence[Sequence[str]] | None = None,
     progress: Callable[[Trajectory], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Group]:
     """Samples groups of trajectories.
 
@@ -142,6 +145,7 @@ def run_agent(
         openings: for each task the texts of code turns with which all of its trajectories start, none by default; they
             are spans of the writer "forced", and they count as turns.
         progress: called with each trajectory as it ends.
+        stop: where it says so, what is under way is given up at once, and the groups are returned as they are.
 
     Raises:
         UserError: `num_generations` below 1, a task's file is missing, an opening is no code turn of its task's
@@ -156,7 +160,7 @@ def run_agent(
     for task, opening in zip(tasks, openings, strict=True):
         task_files(task.files)
         _check_opening(task, opening)
-    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress)
+    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress, stop)
     groups = [Group(task, [Trajectory(task, index, []) for index in range(num_generations)]) for task in tasks]
     try:
         for group, number, opening in zip(groups, _stream_numbers(tasks), openings, strict=True):
@@ -178,9 +182,10 @@ class _Loop:
         params: SamplingParams,
         limits: AgentLimits,
         progress: Callable[[Trajectory], None] | None,
+        stop: Callable[[], bool],
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
-        self._params, self._limits, self._progress = params, limits, progress
+        self._params, self._limits, self._progress, self._stop = params, limits, progress, stop
         self._max_wall_s = limits.max_wall_s or math.inf
         self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
@@ -198,8 +203,8 @@ class _Loop:
             self._next_turn(episode)
 
     def run(self) -> None:
-        """Works until every trajectory has ended."""
-        while self._writing or self._executing:
+        """Works until every trajectory has ended, or until it is asked to stop."""
+        while (self._writing or self._executing) and not self._stop():
             if self._sampler.has_work:
                 for completion in self._sampler.poll():
                     self._read_turn(self._writing.pop(completion.request_id), completion)
@@ -211,16 +216,16 @@ class _Loop:
             self._end_late()
 
     def abandon(self) -> None:
-        """Gives up what is under way, after an error or an interrupt; after `run` there is nothing."""
+        """Gives up what is under way, after an error, an interrupt or a stop; else there is nothing after `run`."""
         for future in self._executing:
             future.cancel()
         for episode in self._episodes:
             self._release(episode)
 
     def _wait(self) -> None:
-        """Sleeps until an execution is done, or until a trajectory has had its time."""
+        """Sleeps until an execution is done, until a trajectory has had its time, or until it is to look up."""
         deadline = min(episode.deadline for episode in self._executing.values())
-        timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        timeout = min(max(0.0, deadline - time.monotonic()), STOP_LOOK_S)
         with suppress(Empty):
             self._read_execution(self._executed.get(timeout=timeout))
 
