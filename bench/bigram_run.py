@@ -47,13 +47,14 @@ SETTINGS = (
 
 
 def prepare(folder: Path, tasks: int = 12) -> list[str]:
-    """Writes the model and the tasks of a run into a folder that is there, and returns the settings of the run."""
+    """Writes the model and the tasks of a run into a folder, and returns the settings of the run."""
     data = folder / "data"
     (data / "tables").mkdir(parents=True)
     table = data / "tables" / "t.csv"
     table.write_text("a\n1\n2\n")
     found = [
-        Task(f"t{n}", "How many?", (str(table),), "", "34"[n % 2], "number", "counting", table="t") for n in range(tasks)
+        Task(f"t{n}", "How many?", (str(table),), "", "34"[n % 2], "number", "counting", table="t")
+        for n in range(tasks)
     ]
     spans = (("model", "<answer>3</answer>"),)
     write_experts(data / "experts-00000.jsonl", [Expert(task, spans, "success", "datamind") for task in found])

@@ -18,7 +18,7 @@ from ..rollout.spread import spread
 from ..rollout.task import Task
 from ..rollout.trajectory import Group
 from .policy import Policy
-from .run import Run, Stopped
+from .run import Run
 
 Item = TypeVar("Item")
 
