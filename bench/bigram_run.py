@@ -1,6 +1,6 @@
 """A run of GRPO that costs next to nothing: a policy made by hand, of a few tokens, whose code is really executed.
 
-The logits of the policy depend on its last token alone. A turn is ``<code>``, a character, ``</code>``, or ``<answer>``,
+The logits depend on the last token alone. A turn is ``<code>``, a character, ``</code>``, or ``<answer>``,
 a digit, ``</answer>``, and each is drawn: some code fails, some answers are right, and now and then a token is one that
 no turn has. All weights of the other parts are there, and are trained, but write nothing at first.
 """

@@ -36,6 +36,9 @@ class RunConfig:
         "auto", "what serves the attention of training; auto: the first of them that the machine has", changeable=True
     )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
+    kept_steps: int = setting(
+        0, "newest GRPO steps whose trajectories stay on disk; 0: all of them", minimum=0, changeable=True
+    )
     capture_steps: str = setting("", 'GRPO steps to keep for recipes.replay, such as "0,50"', changeable=True)
 
     def __post_init__(self) -> None:
@@ -201,9 +204,7 @@ class SFTConfig:
         3e-3, "peak learning rate, after a tenth of the steps; it falls by a cosine to a tenth", minimum=0
     )
     wordings: int = setting(
-        0,
-        "learn from questions in the first so many wordings of each kind only, the others are left to GRPO; 0: all",
-        minimum=0,
+        0, "learn from the first so many wordings of each kind of question, leave the others to GRPO; 0: all", minimum=0
     )
 
 
@@ -311,9 +312,7 @@ class GRPOConfig:
     num_minibatches: int = setting(1, "updates in a pass, of as many groups each", minimum=1)
     lr: float = setting(3e-4, "learning rate after warm-up", minimum=0)
     warmup_steps: int = setting(5, "linear warm-up", minimum=0)
-    min_lr_ratio: float = setting(
-        1.0, "learning rate at the end of the cosine, as a share of grpo.lr; 1: constant", minimum=0, maximum=1
-    )
+    min_lr_ratio: float = setting(1.0, "share of grpo.lr at the end of its cosine; 1: constant", minimum=0, maximum=1)
     experts_per_step: int = setting(
         0, "expert trajectories imitated in a step beside those of its tasks, over all ranks", minimum=0
     )

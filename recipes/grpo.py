@@ -90,6 +90,8 @@ def grpo(run: Run) -> Path:
                     "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
             training.metrics.log(step, record | doctor.examine(step, record))
+            if kept := run.config.run.kept_steps:
+                rollouts.remove_before(step + 1 - kept)
     save_policy(run, policy, folder / "model")
     return folder / "model"
 

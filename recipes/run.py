@@ -17,8 +17,8 @@ torchrun hides the status of its ranks: it ends with 1 whatever theirs is. So a 
 
     torchrun ... -m groupwise.recipes.grpo train || { [ -e runs/train/resume ] && scontrol requeue "$SLURM_JOB_ID"; }
 
-torchrun kills its ranks 30 s after it got SIGTERM (``--shutdown-timeout``, where PyTorch has it): give a large model the
-time of an update and of a checkpoint. A rank that alone gets SIGTERM stops all; torchrun then starts them again, as
+torchrun kills its ranks 30 s after it got SIGTERM (``--shutdown-timeout``, where PyTorch has it): give a large model
+the time of an update and of a checkpoint. A rank that alone gets SIGTERM stops all; torchrun then starts them again, as
 after any failure, where ``--max-restarts`` allows it.
 """
 
