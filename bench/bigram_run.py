@@ -42,7 +42,6 @@ SETTINGS = (
     "rollout.max_turns=3",
     "rollout.max_tokens_per_turn=8",
     "rollout.max_trajectory_tokens=256",
-    "sandbox.workers=1",
 )
 
 

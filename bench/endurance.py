@@ -39,6 +39,7 @@ SETTINGS = (
     "rollout.max_turns=2",
     "run.checkpoint_every=500",
     "run.kept_steps=100",
+    "sandbox.workers=2",
 )
 
 
@@ -77,7 +78,7 @@ def watch(folder: Path, steps: int) -> list[Sample]:
                 records = (folder / "grpo.jsonl").open("rb")
             if records is not None:
                 step += sum(line.endswith(b"\n") for line in records)
-            with suppress(OSError, IndexError):  # it ends at this moment
+            with suppress(OSError, IndexError, ValueError):  # it ends at this moment
                 samples.append(look(folder, process.pid, step))
     finally:
         process.kill()

@@ -267,6 +267,8 @@ def _end(error: BaseException, argv: list[str]) -> NoReturn:
         leave_process(status, "" if mine else stopped, at_once=True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = UserError(f"no space left on the device for {error.filename or 'the run folder'}; free some")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        error = UserError(f"{error.filename} cannot be written: {error.strerror}; choose another run.folder")
     if isinstance(error, UserError):
         leave_process(USER_ERROR, f"{mine}error: {error}", at_once=not mine)
     traceback.print_exc()
