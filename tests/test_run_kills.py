@@ -167,6 +167,25 @@ def test_a_run_killed_at_any_moment_ends_as_if_never_killed(tmp_path: Path) -> N
         assert mine == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["tools", "save"])
+def test_a_run_that_a_scheduler_stops_ends_as_if_never_stopped(phase: str, tmp_path: Path) -> None:
+    settings = [*SETTINGS, "grpo.steps=8"]
+    with Launch(tmp_path / "never", [*prepare(tmp_path / "never"), *settings]) as never:
+        never.end()
+    with Launch(tmp_path / "stopped", [*prepare(tmp_path / "stopped"), *settings]) as stopped:
+        stopped.wait(lambda: stopped.steps() >= 2 and phase in stopped.phases(), phase)
+        stopped.process.send_signal(signal.SIGTERM)
+        assert stopped.process.wait(timeout=LIMIT_S) == 1  # torchrun hides what it was
+        assert "stopped; what is done is saved" in stopped.log.read_text()
+        resume = stopped.folder / "resume"
+        assert resume.exists()
+        stopped.start()
+        stopped.end()
+        assert not resume.exists()
+    assert results(stopped.folder) == results(never.folder)
+
+
 def kill_often(killed: Launch) -> None:
     rng, counts, recoveries = random.Random(KILLS), Counter(), []
     for number in range(KILLS):
