@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STARTS = r"(\w+=\S+ )?(\S*python -m |torchrun |make |pytest )"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 CONFIGURED = ("train", "synthesize", "sft", "hrm", "grpo", "evaluate")  # recipes that read a configuration
-SMALLER = [*SMALL, "data.detail=short", "hrm.steps=2", "hrm.search_tasks=0", "run.checkpoint_every=1"]
+SMALLER = [*SMALL, "data.detail=short", "hrm.steps=2", "hrm.search_tasks=0", "grpo.mu_decay_steps=2"]
 
 
 def blocks(page: Path) -> list[str]:
