@@ -1,6 +1,6 @@
 """Every setting in a table of Markdown, with what the configurations of ``configs/`` give it.
 
-    python -m groupwise.recipes.settings > docs/configuration.md
+python -m groupwise.recipes.settings > docs/configuration.md
 """
 
 from ..engine.config import SECTIONS, load_config
