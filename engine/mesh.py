@@ -245,8 +245,8 @@ class Mesh:
         elif isinstance(error, KeyboardInterrupt):
             self.watch.announce("")
         else:
-            said = str(error).strip().partition("\n")[0]
-            self.watch.announce(f"rank {self.rank} ended with {type(error).__name__}{said and ': '}{said}")
+            kind, said = type(error).__name__, str(error).strip().partition("\n")[0]
+            self.watch.announce(f"{self.watch.names([self.rank])} ended with {kind}{said and ': '}{said}")
 
     def _destroy(self) -> None:
         self.watch.stop()
