@@ -26,6 +26,8 @@ from groupwise.engine.together import check_shared
 
 ALLOWANCE_S = 30.0  # for a busy machine
 PORT = 29400
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+HERE = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "RANKS": "1"}
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ RESULT = f"finished with {sum(3.0 * step for step in range(100))}"
 
 
 class Launch:
-    """One torchrun on each host, and what they print."""
+    """``docs/node.sh`` on each host, and what it prints."""
 
     def __init__(self, hosts, *command, cwd, restarts):
         self.said = {host.name: [] for host in hosts}
@@ -175,12 +177,9 @@ class Launch:
             self.start(host)
 
     def start(self, host):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=a:{PORT}", "--rdzv-id=test", f"--local-addr={host.address}"]
-        process = host.start(
-            *torchrun, *meet, f"--max-restarts={self._restarts}", *self._command, cwd=self._cwd,
-            OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-        )  # fmt: skip
+        environment = {"HOSTS": "2", "ENDPOINT": f"a:{PORT}", "ID": "test", "ADDRESS": host.address}
+        environment |= {**HERE, "RESTARTS": str(self._restarts)}
+        process = host.start("bash", str(DOCS / "node.sh"), *self._command, cwd=self._cwd, **environment)
         self.processes[host.name] = process
         for stream in (process.stdout, process.stderr):
             reader = threading.Thread(target=lambda s=stream: self.said[host.name].extend(s), daemon=True)
@@ -211,7 +210,7 @@ def _wait_for(condition, seconds, report=None):
 def program(tmp_path):
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
-    return [str(file), f"run.folder={tmp_path}/runs", "run.timeout_s=10"]
+    return ["program", f"run.folder={tmp_path}/runs", "run.timeout_s=10"]
 
 
 B_IS_LOST = "error: rank 1 on host b gave no sign of life"
@@ -244,10 +243,18 @@ def test_a_run_whose_host_is_cut_off_goes_on_by_itself_and_ends_as_if_it_had_not
     folder = tmp_path / "runs"
     settings = [*SMALL, f"tables={tables}", f"run.folder={folder}", "sft.steps=40"]
     settings += ["run.shard_size=1", "run.timeout_s=10"]
-    recipe = ["-m", "groupwise.recipes.sft", *settings]
+    recipe = ["groupwise.recipes.sft", *settings]
     run("synthesize", *settings, cwd=tmp_path)
     shutil.copytree(folder / "train", folder / "undisturbed")
-    assert Launch(hosts, *recipe, "run.name=undisturbed", cwd=tmp_path, restarts=0).end() == {"a": 0, "b": 0}
+    (tmp_path / "docs").symlink_to(DOCS)
+    ssh = tmp_path / "ssh"  # enters a host, as ssh does: its arguments are -tt, the host, and a line for its shell
+    names = " ".join(f"[{host.name}]={host.pid}" for host in hosts)
+    ssh.write_text(f'#!/bin/bash\ndeclare -A pids=({names})\nexec nsenter -t ${{pids[$2]}} -n -u -m -p bash -c "$3"\n')
+    ssh.chmod(0o755)
+    script = ["bash", "docs/ssh.sh", "a b", *recipe, "run.name=undisturbed"]
+    environment = {**os.environ, **HERE, "PATH": f"{tmp_path}:{HERE['PATH']}"}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout
 
     launch = Launch(hosts, *recipe, cwd=tmp_path, restarts=2)
     records = folder / "train" / "sft.jsonl"
@@ -278,3 +285,8 @@ def test_a_launch_without_restarts_ends_on_both_sides_and_goes_on_when_it_is_lau
     assert again.end() == {"a": 0, "b": 0}, again.said
     assert f"{RESULT}\n" in again.said["a"]
     assert "met at step 0\n" not in again.said["a"]
+
+
+@pytest.mark.parametrize("name", ["node", "ssh", "slurm"])
+def test_the_scripts_can_be_read_by_the_shell(name):
+    subprocess.run(["bash", "-n", str(DOCS / f"{name}.sh")], check=True)
