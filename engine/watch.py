@@ -228,15 +228,13 @@ class Watch:
         self._look(GRACE_S / 4, lambda: self._mine.beat >= beat + 2)  # the first may have been under way
 
     def names(self, ranks: Sequence[int]) -> str:
-        """What a sentence calls them: ranks 2, 3 on host b; the host where the launch has several."""
+        """What a sentence calls them: ranks 8 to 15 on host b; the host where the launch has several."""
         states = {**self._peers, self.rank: self._mine}
         several = len({state.host for state in states.values()}) > 1
-        by_host: dict[str, list[str]] = {}
+        by_host: dict[str, list[int]] = {}
         for rank in ranks:
-            by_host.setdefault(f" on host {states[rank].host}" if several else "", []).append(str(rank))
-        return " and ".join(
-            f"{'rank' if len(them) == 1 else 'ranks'} {', '.join(them)}{where}" for where, them in by_host.items()
-        )
+            by_host.setdefault(f" on host {states[rank].host}" if several else "", []).append(rank)
+        return " and ".join(f"{_numbers(them)}{where}" for where, them in by_host.items())
 
     def _look(self, seconds: float, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + seconds
@@ -352,6 +350,12 @@ def leave_process(status: int, sentence: str, at_once: bool) -> NoReturn:
                 extra = {"timestamp": str(int(time.time()))}
                 Path(report).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
         os._exit(status)  # other ranks may wait in a collective: leave without joining it
+
+
+def _numbers(ranks: list[int]) -> str:
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def _machine() -> str:
