@@ -115,7 +115,7 @@ def draw(config: Config, file: Path) -> None:
         axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=3.5)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
 
