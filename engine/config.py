@@ -321,8 +321,8 @@ class GRPOConfig:
     mu_decay_steps: int = setting(0, "steps in which that weight falls to mu_valley, by a cosine", minimum=0)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = setting(
         "dapo",
-        "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant; gspo: grpo with one ratio a "
-        "trajectory; cispo: dapo with clipped ratios as weights",
+        "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant, advantages not "
+        "divided by the deviation; gspo: grpo with one ratio a trajectory; cispo: dapo with clipped ratios as weights",
     )
     epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
     epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)
@@ -336,7 +336,6 @@ class GRPOConfig:
         "weight of a token by trainer's over sampler's probability; truncated: at most 2; mask: 0 beyond 2",
     )
     entropy_coef: float = setting(0.0, "weight of the policy's entropy, which is added to what is maximised", minimum=0)
-    scale_rewards: bool = setting(True, "divide advantages by the group's deviation")
     mask_void: bool = setting(True, "no policy-gradient loss on trajectories with a void turn or no answer")
 
     def __post_init__(self) -> None:

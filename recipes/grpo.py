@@ -205,7 +205,8 @@ def set_advantages(group: Group, run: Run) -> None:
     if not has_contrast(group, run.config.reward):
         return
     members = [trajectory for trajectory in group.trajectories if trajectory.scored]
-    advantages = group_advantages([t.reward for t in members], run.config.grpo.scale_rewards).tolist()
+    scaled = run.config.grpo.loss_type != "dr_grpo"  # Dr. GRPO, arXiv 2503.20783
+    advantages = group_advantages([t.reward for t in members], scaled).tolist()
     for trajectory, advantage in zip(members, advantages, strict=True):
         trajectory.advantage = advantage
 

@@ -44,7 +44,7 @@ from ..engine.config import Config, describe_settings, is_changeable, load_confi
 from ..engine.errors import UserError
 from ..engine.lock import Lock
 from ..engine.mesh import Mesh
-from ..engine.together import together
+from ..engine.together import check_shared, together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
 from .arithmetic import in_words
@@ -91,6 +91,7 @@ class Run:
         self.memory = MemoryWatch()
         if claim:
             together(mesh, self._claim_folder if self.is_main else lambda: None)
+            check_shared(self.folder, mesh)
 
     def elapsed_s(self) -> float:
         """Wall seconds since this process was started by the system, imports included."""
