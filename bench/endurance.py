@@ -2,8 +2,8 @@
 
     python -m groupwise.bench.endurance [--steps 20000] [--folder FOLDER] [--out FILE]
 
-The run is that of ``bench/bigram_run.py`` on one rank, and saves a checkpoint every 500 steps. This process reads the
-run's memory from /proc, and its folder, about once a second.
+The run is that of ``bench/bigram_run.py`` on one rank, saves a checkpoint every 500 steps, and keeps the trajectories
+of the newest 100. This process reads the run's memory from /proc, and its folder, about once a second.
 
 A row for each process (the rank, the guard of its sandbox, the server that executes; what an execution forks comes and
 goes): ``memory_mib`` and ``memory_mib_last``, the medians of its own pages (Pss) over the second and over the last
@@ -38,6 +38,7 @@ SETTINGS = (
     "grpo.lr=1e-6",  # so small that the rollouts stay what they are
     "rollout.max_turns=2",
     "run.checkpoint_every=500",
+    "run.kept_steps=100",
     "sandbox.workers=2",
 )
 

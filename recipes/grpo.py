@@ -4,9 +4,8 @@
 
 Starts from ``model.folder`` or from the run's SFT model, which also is the frozen reference; takes its tasks from the
 data of ``recipes.synthesize``, and its hierarchical reward model from ``hrm.folder`` or the run; writes
-``RUN/grpo/model``. The trajectories of the newest 1,000 steps stay in ``RUN/trajectories/grpo``. Source of the
-objective: DAPO, arXiv 2503.14476, with the masking of DataMind, arXiv 2509.25084, and the reward curriculum of
-Datarus-R1, arXiv 2508.13382.
+``RUN/grpo/model``. Source of the objective: DAPO, arXiv 2503.14476, with the masking of DataMind, arXiv 2509.25084, and
+the reward curriculum of Datarus-R1, arXiv 2508.13382.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +36,6 @@ from .rollouts import Rollouts, my_share
 from .run import Run, Stopped, launch
 from .training import Training, places
 
-KEPT_STEPS = 1000  # whose trajectories stay on disk: of a run of days they would fill it
 Sample = Callable[[Sequence[Expert], int], list[Group]]  # tasks of this rank, round -> their groups, with rewards
 
 
@@ -92,8 +90,8 @@ def grpo(run: Run) -> Path:
                     "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
             training.metrics.log(step, record | doctor.examine(step, record))
-            for number in range(settings.max_sampling_rounds if step >= KEPT_STEPS else 0):
-                rollouts.forget(record_name(step - KEPT_STEPS, number))
+            if kept := run.config.run.kept_steps:
+                rollouts.remove_before(step + 1 - kept)
     save_policy(run, policy, folder / "model")
     return folder / "model"
 
@@ -135,7 +133,7 @@ def sample_round(
     number: int,
 ) -> list[Group]:
     """Groups for the tasks of this rank, with their rewards, recorded. Every rank calls it together."""
-    name = record_name(step, number)
+    name = f"grpo/{step:06d}" if number == 0 else f"grpo/{step:06d}.{number}"
     seed = (run.config.run.seed + 1_009 * number) * 1_000_003 + step
     with timer("generate"):
         groups = rollouts.sample(
@@ -153,11 +151,6 @@ def sample_round(
         rollouts.record(name, groups)
     capture.add_round(seed, groups)
     return groups
-
-
-def record_name(step: int, number: int) -> str:
-    """The record of what a round of a step sampled."""
-    return f"grpo/{step:06d}.{number}" if number else f"grpo/{step:06d}"
 
 
 def ask(run: Run, pool: Sequence[Expert], step: int, sample: Sample) -> tuple[list[Expert], list[Group]]:

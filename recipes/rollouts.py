@@ -100,9 +100,11 @@ class Rollouts:
         """Writes what ``sample`` recorded under a name once more, with rewards and advantages."""
         write_records(self.file(name), groups, self._policy.tokenizer)
 
-    def forget(self, name: str) -> None:
-        """Removes this rank's trajectories of a record, if it has any."""
-        self.file(name).unlink(missing_ok=True)
+    def remove_before(self, step: int) -> None:
+        """Removes what this rank recorded of the GRPO steps before one."""
+        for file in self._folder.glob(f"grpo/*.rank{self._mesh.rank}.jsonl"):
+            if int(file.name.partition(".")[0]) < step:
+                file.unlink()
 
     def file(self, name: str) -> Path:
         """Where this rank's trajectories of a record are."""
