@@ -245,7 +245,7 @@ def test_a_run_whose_host_is_cut_off_goes_on_by_itself_and_ends_as_if_it_had_not
     settings += ["run.shard_size=1", "run.timeout_s=10"]
     recipe = ["groupwise.recipes.sft", *settings]
     run("synthesize", *settings, cwd=tmp_path)
-    shutil.copytree(folder / "train", folder / "undisturbed")
+    shutil.copytree(folder / "train" / "data", folder / "undisturbed" / "data")
     (tmp_path / "docs").symlink_to(DOCS)
     ssh = tmp_path / "ssh"  # enters a host, as ssh does: its arguments are -tt, the host, and a line for its shell
     names = " ".join(f"[{host.name}]={host.pid}" for host in hosts)
