@@ -257,6 +257,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     return {
         "unknown key": ["synthesize", "grpo.stepss=3"],
         "wrong type": ["synthesize", "sft.steps=many"],
+        "steps that do not add up": ["synthesize", "grpo.mu_peak=0.5", "grpo.mu_decay_steps=3"],
         "attention of a GPU": ["synthesize", "run.attention=xformers"],
         "missing tables": ["synthesize", f"tables={folder / 'nowhere'}"],
         "no table": ["synthesize", f"tables={tables}"],
@@ -275,6 +276,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     [
         ("unknown key", "did you mean 'grpo.steps'?"),
         ("wrong type", 'sft.steps is "many", expected a whole number'),
+        ("steps that do not add up", "3 is more than the run's 2 steps"),
         ("attention of a GPU", "'xformers' does not run on cpu; choose one of auto, sdpa"),
         ("missing tables", "does not exist"),
         ("no table", "no .csv file"),
