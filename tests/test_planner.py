@@ -5,8 +5,6 @@ import gc
 import inspect
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from launched import launched
 
 from groupwise.engine.batch import Example, pack
 from groupwise.engine.config import RopeScaling, load_config
@@ -326,17 +325,12 @@ def test_settings_are_proposed_before_more_ranks_and_the_impossible_is_said():
         check_fits(config, plan_memory(config, 8, "cuda"), 24e9)
 
 
-def run_plan(*arguments):
-    command = [sys.executable, "-m", "groupwise.recipes.plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2():
-    fits = run_plan("datarus", "--gpus", "8x141GB")
+def test_the_command_prints_a_table_and_a_refusal_ends_with_status_2(tmp_path):
+    fits = launched("plan", ["datarus", "--gpus", "8x141GB"], tmp_path)
     assert fits.returncode == 0, fits.stderr
     assert "KV blocks" in fits.stdout
     assert fits.stdout.splitlines()[-1].startswith("fits: phase rollout needs 102.4 GB")
-    refused = run_plan("datarus", "rollout.kv_memory=20", "--gpus=2x80GB")
+    refused = launched("plan", ["datarus", "rollout.kv_memory=20", "--gpus=2x80GB"], tmp_path)
     assert refused.returncode == 2
     assert "log-probabilities" in refused.stdout
     assert re.fullmatch(r"error: phase \w+ needs .* it fits with .*\n", refused.stderr)
