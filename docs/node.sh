@@ -14,4 +14,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # A host that is cut off is waited for, an hour. Ranks that are asked to stop have 240 s to save.
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "${RANKS:-gpu}" --local-addr "$ADDRESS" \
     --rdzv-backend c10d --rdzv-endpoint "$ENDPOINT" --rdzv-id "$ID" --rdzv-conf join_timeout=3600,read_timeout=3600 \
-    --max-restarts "${RESTARTS:-20}" --shutdown-timeout 240 -m "$@"
+    --max-restarts "${RESTARTS:-5}" --shutdown-timeout 240 -m "$@"

@@ -23,7 +23,7 @@ from ..engine.errors import UserError
 from ..engine.metrics import Timer, read_records, say
 from ..engine.objective import Stats, count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
-from ..engine.schedule import Schedule, mixing_schedule
+from ..engine.schedule import Schedule, mixing
 from ..engine.step import level, merged
 from ..kernels.linear import ROWS
 from ..rollout.trajectory import Group, masked_statuses
@@ -94,16 +94,6 @@ def grpo(run: Run) -> Path:
                 rollouts.remove_before(step + 1 - kept)
     save_policy(run, policy, folder / "model")
     return folder / "model"
-
-
-def mixing(settings: GRPOConfig) -> Schedule:
-    """The weight of the experts' likelihood by step, as configured."""
-    return mixing_schedule(
-        mu_peak=settings.mu_peak,
-        mu_valley=settings.mu_valley,
-        mu_decay_steps=settings.mu_decay_steps,
-        total_steps=settings.steps,
-    )
 
 
 def objective(settings: GRPOConfig, temperature: float) -> Callable[..., tuple[Tensor, Stats]]:

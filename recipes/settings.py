@@ -1,6 +1,8 @@
 """Every setting in a table of Markdown, with what the configurations of ``configs/`` give it.
 
-python -m groupwise.recipes.settings > docs/configuration.md
+    python -m groupwise.recipes.settings > docs/configuration.md
+
+writes the page that README.md names; a test compares them.
 """
 
 from ..engine.config import SECTIONS, load_config
