@@ -1,5 +1,5 @@
 #!/bin/bash
-# A launch by Slurm. What was saved is gone on with when Slurm requeues it, after a preemption, or it is submitted again:
+# A launch by Slurm, which goes on by itself after the end of its time and after a preemption:
 #
 #   sbatch docs/slurm.sh groupwise.recipes.grpo datarus run.shard_size=8
 #
@@ -21,6 +21,8 @@ export HOSTS=$SLURM_JOB_NUM_NODES ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29400
 export ENDPOINT
 
-# Where one torchrun ends in failure the others need not wait for it.
+# Where one torchrun ends in failure the others need not wait for it. A run that was asked to stop leaves RUN/resume.
 srun --kill-on-bad-exit=1 bash -c 'ADDRESS=$SLURMD_NODENAME exec bash docs/node.sh "$@"' node "$@" \
-    run.folder="$runs" run.name="$name"
+    run.folder="$runs" run.name="$name" || {
+    [ -e "$runs/$name/resume" ] && scontrol requeue "$SLURM_JOB_ID"
+}
