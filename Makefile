@@ -13,8 +13,9 @@ TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m
 train: .venv/.train
 	@$(TORCHRUN) groupwise.recipes.train train $(ARGS)
 
+# As many workers as cores: hardly a test uses more than one, and a file's tests stay together where they can.
 test: .venv/.test lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 16 --dist worksteal
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow

@@ -59,6 +59,7 @@ setup(
         "sql": ["duckdb>=1.1"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "transformers>=4.46",
             "trl>=1.16,<1.17",

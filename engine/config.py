@@ -36,6 +36,9 @@ class RunConfig:
         "auto", "what serves the attention of training; auto: the first of them that the machine has", changeable=True
     )
     checkpoint_every: int = setting(50, "optimiser steps between checkpoints", minimum=1, changeable=True)
+    kept_steps: int = setting(
+        0, "newest GRPO steps whose trajectories stay on disk; 0: all of them", minimum=0, changeable=True
+    )
     capture_steps: str = setting("", 'GRPO steps to keep for recipes.replay, such as "0,50"', changeable=True)
     profile_steps: str = setting("", 'steps of each stage whose trace is kept, such as "12"', changeable=True)
 
@@ -200,9 +203,7 @@ class SFTConfig:
         3e-3, "peak learning rate, after a tenth of the steps; it falls by a cosine to a tenth", minimum=0
     )
     wordings: int = setting(
-        0,
-        "learn from questions in the first so many wordings of each kind only, the others are left to GRPO; 0: all",
-        minimum=0,
+        0, "learn from the first so many wordings of each kind of question, leave the others to GRPO; 0: all", minimum=0
     )
 
 
@@ -310,9 +311,7 @@ class GRPOConfig:
     num_minibatches: int = setting(1, "updates in a pass, of as many groups each", minimum=1)
     lr: float = setting(3e-4, "learning rate after warm-up", minimum=0)
     warmup_steps: int = setting(5, "linear warm-up", minimum=0)
-    min_lr_ratio: float = setting(
-        1.0, "learning rate at the end of the cosine, as a share of grpo.lr; 1: constant", minimum=0, maximum=1
-    )
+    min_lr_ratio: float = setting(1.0, "share of grpo.lr at the end of its cosine; 1: constant", minimum=0, maximum=1)
     experts_per_step: int = setting(
         0, "expert trajectories imitated in a step beside those of its tasks, over all ranks", minimum=0
     )
@@ -321,8 +320,8 @@ class GRPOConfig:
     mu_decay_steps: int = setting(0, "steps in which that weight falls to mu_valley, by a cosine", minimum=0)
     loss_type: Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"] = setting(
         "dapo",
-        "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant; gspo: grpo with one ratio a "
-        "trajectory; cispo: dapo with clipped ratios as weights",
+        "mean over all tokens; grpo: over each trajectory's; dr_grpo: sum by a constant, advantages not "
+        "divided by the deviation; gspo: grpo with one ratio a trajectory; cispo: dapo with clipped ratios as weights",
     )
     epsilon: float = setting(0.2, "lower clip of the ratio", minimum=0, maximum=1)
     epsilon_high: float = setting(0.28, "upper clip of the ratio", minimum=0)
@@ -336,7 +335,6 @@ class GRPOConfig:
         "weight of a token by trainer's over sampler's probability; truncated: at most 2; mask: 0 beyond 2",
     )
     entropy_coef: float = setting(0.0, "weight of the policy's entropy, which is added to what is maximised", minimum=0)
-    scale_rewards: bool = setting(True, "divide advantages by the group's deviation")
     mask_void: bool = setting(True, "no policy-gradient loss on trajectories with a void turn or no answer")
 
     def __post_init__(self) -> None:

@@ -86,7 +86,7 @@ class Mesh:
 
         Raises:
             UserError: RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is no valid number; shard_size does not divide
-                the number of ranks.
+                the number of ranks; the ranks do not meet, or could not meet again after a restart.
         """
         world_size = _env_int("WORLD_SIZE", 1, minimum=1)
         rank = _env_int("RANK", 0)
@@ -107,19 +107,19 @@ class Mesh:
         group, store = None, None
         if world_size > 1:
             timeout = timedelta(seconds=2 * timeout_s + 30)  # the watch, which names the rank, comes first
-            store = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))[0]
-            if world_size == local_world_size:
-                # torchrun keeps one store for all attempts, in which a restarted rank would find the addresses of
-                # dead ones; of several machines each counts its own attempts.
-                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timeout,
-                device_id=device if backend == "nccl" else None,
-            )
+            several_hosts = world_size != local_world_size
+            try:
+                store = _store(init_method, rank, world_size, several_hosts, timeout)
+                dist.init_process_group(
+                    backend,
+                    store=store,
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timeout,
+                    device_id=device if backend == "nccl" else None,
+                )
+            except RuntimeError as error:
+                raise UserError(_why_they_do_not_meet(error, init_method, rank, backend)) from error
             group = dist.group.WORLD
         mesh = cls(
             rank=rank,
@@ -245,8 +245,8 @@ class Mesh:
         elif isinstance(error, KeyboardInterrupt):
             self.watch.announce("")
         else:
-            said = str(error).strip().partition("\n")[0]
-            self.watch.announce(f"rank {self.rank} ended with {type(error).__name__}{said and ': '}{said}")
+            kind, said = type(error).__name__, str(error).strip().partition("\n")[0]
+            self.watch.announce(f"{self.watch.names([self.rank])} ended with {kind}{said and ': '}{said}")
 
     def _destroy(self) -> None:
         self.watch.stop()
@@ -266,6 +266,34 @@ class Mesh:
         elif self.group is not None:  # the other ranks may be elsewhere: waiting for them would hide the error
             self.announce(error)
             self._destroy()
+
+
+def _store(init_method: str, rank: int, world_size: int, several_hosts: bool, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet.
+
+    torchrun keeps one store for all attempts, in which a restarted rank would find the addresses of dead ones, so each
+    attempt takes a prefix. Of several hosts each counts its own attempts: there torchrun must make a store for each.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if several_hosts and shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError(
+            "torchrun --max-restarts on several hosts hands restarted ranks the addresses of dead ones; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun on every host."
+        )
+    store: dist.Store = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))[0]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return store if several_hosts else dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def _why_they_do_not_meet(error: RuntimeError, init_method: str, rank: int, backend: str) -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    where = address if init_method == "env://" else init_method
+    if "EADDRINUSE" in str(error):
+        return f"the port of {where} is in use on this host; choose another MASTER_PORT, or let torchrun choose it."
+    return (
+        f"rank {rank} did not meet the others by way of {where} ({str(error).splitlines()[0]}); see that this is rank "
+        f"0's host, which all others reach, and that {backend.upper()}_SOCKET_IFNAME names the network between them."
+    )
 
 
 def _divisor(shard_size: int, world_size: int) -> int:

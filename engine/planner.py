@@ -145,7 +145,7 @@ def compute_bytes(config: Config, device_type: str) -> int:
     return 2 if name == "bfloat16" or (name == "auto" and device_type == "cuda") else 4
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Elements of the units, the root first, whole and of one shard, and of the largest parameter."""
 
     whole: tuple[int, ...]
@@ -156,14 +156,14 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _layout(config: ModelConfig, num_ranks: int, shard_size: int) -> _Layout:
+def layout_of(config: ModelConfig, num_ranks: int, shard_size: int) -> Layout:
     mesh = Mesh(world_size=num_ranks, shard_size=shard_size, device=torch.device("meta"))
     with torch.device("meta"):
         shards = ShardedModel(Model(config), mesh).shards
     part = tuple(shard.data.numel() for shard in shards)
     whole = tuple(numel * mesh.shard_size for numel in part)
     largest = max(slot.numel for shard in shards for slot in shard.slots)
-    return _Layout(whole, part, largest, mesh.shard_size, mesh.num_replicas)
+    return Layout(whole, part, largest, mesh.shard_size, mesh.num_replicas)
 
 
 class _Rank:
@@ -171,7 +171,7 @@ class _Rank:
 
     def __init__(self, config: Config, num_ranks: int, device_type: str, phases: Sequence[str]) -> None:
         settings, self.model, self.config = config.optimizer, config.model, config
-        self.layout = layout = _layout(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
+        self.layout = layout = layout_of(dataclasses.replace(config.model, folder=""), num_ranks, config.run.shard_size)
         self.num_ranks, self.cuda = num_ranks, device_type == "cuda"
         self.T, self.c = settings.tokens_per_microbatch, compute_bytes(config, device_type)
         self.r = self.c if settings.reduce_dtype == "compute" else 4

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from .config import GRPOConfig
 from .errors import UserError
 
 KINDS = ("constant", "linear", "cosine")
@@ -87,6 +88,16 @@ def mixing_schedule(
             f"{total_steps} steps, so mu_valley is never reached; shorten them or run longer"
         )
     return Schedule("cosine", start=mu_peak, end=mu_valley, steps=max(steps, 1), warmup=mu_warmup_steps)
+
+
+def mixing(settings: GRPOConfig) -> Schedule:
+    """The weight of the experts' likelihood by step, as configured."""
+    return mixing_schedule(
+        mu_peak=settings.mu_peak,
+        mu_valley=settings.mu_valley,
+        mu_decay_steps=settings.mu_decay_steps,
+        total_steps=settings.steps,
+    )
 
 
 def fitting_rate(peak: float, steps: int) -> Schedule:

@@ -55,12 +55,16 @@ def build(name: str, cls: type, values: dict[str, Any]) -> Any:
 
 def describe(name: str, section: type) -> list[str]:
     """The section and each of its settings with its type, default and description, a line each."""
-    hints = get_type_hints(section)
     lines = [f"\n[{name}] {(section.__doc__ or '').strip()}"]
     for f in settings_of(section):
-        key = f"{name}.{f.name}={_spell(f.default)}"
-        lines.append(f"  {key:<40} {_type_name(hints[f.name])}: {f.metadata['help']}")
+        key = f"{name}.{f.name}={spell(f.default)}"
+        lines.append(f"  {key:<40} {type_name(section, f)}: {f.metadata['help']}")
     return lines
+
+
+def type_name(section: type, field: dataclasses.Field) -> str:
+    """The type of a setting in words."""
+    return _type_name(get_type_hints(section)[field.name])
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:
@@ -155,5 +159,6 @@ def _type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[hint]
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
+    """A value as a command line has it."""
     return json.dumps(value) if isinstance(value, (bool, str)) else str(value)

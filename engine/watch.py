@@ -8,20 +8,27 @@ thread reaches a verdict where
 - a collective has used up all but the last seconds of ``timeout_s``: the ranks that entered fewest collectives are
   those it waits for, unless some give no sign of life at all. A rank may compute for as long as nobody waits for it.
 
+That a rank was asked to stop travels the same way: ``stop_requested`` is true on all ranks within seconds.
+
 The verdict is raised in the main thread by the collective that fails or that comes next. A main thread that is stuck in
 a collective, or comes to none in two seconds, cannot raise it: then the thread ends the process with that sentence.
+
+A store on a host that is cut off keeps its reader waiting without end, whatever its timeout. So a second thread writes
+and reads, and the first one judges by what it brought.
 """
 
 import atexit
 import json
+import math
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -90,11 +97,13 @@ class State:
 
     pid: int = 0
     machine: str = ""
+    host: str = ""
     beat: int = -1
     number: int = 0
     what: str = "no collective"
     age_s: float = 0.0  # since it entered that
     end: str | None = None  # the cause of its end; "" where it leaves of its own accord
+    stopping: bool = False  # it was asked to stop
     heard: float = field(default_factory=time.monotonic)  # by the reader's clock
 
     @property
@@ -113,6 +122,7 @@ class Watch:
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 600.0, on_cuda: bool = False) -> None:
         self.rank, self._on_cuda = rank, on_cuda
+        self.stop_requested = False  # of any rank, as far as this one has heard
         self._mine = State(beat=0)
         self._latest_since = time.monotonic()
         self._under_way: dict[int, Collective] = {}  # changed by the main thread alone, oldest first
@@ -121,30 +131,38 @@ class Watch:
         # The thread looks once a period, and the end comes up to GRACE_S after the verdict.
         self._patience_s = max(timeout_s - GRACE_S - 2 * self._period, timeout_s / 2)
         self._store: dist.Store | None = None
-        self._reachable = True
+        self._gone: list[int] = []  # as it was before the latest exchange
+        self._exchanged_at = -math.inf
         self._lost: RankLost | None = None
         self._lost_at = 0.0
         self._told = False  # the main thread knows the verdict, or ends for a reason of its own
         self._stopping = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # unlike an Event, safe in a signal handler
+        self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()  # an exchange, or with False their end
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._reader: threading.Thread | None = None
 
     def start(self, store: dist.Store) -> None:
         """Begin to beat in ``store``, that of the process group; returns when every rank has."""
-        self._mine.pid, self._mine.machine = os.getpid(), _machine()
+        self._mine.pid, self._mine.machine, self._mine.host = os.getpid(), _machine(), socket.gethostname()
         self._store = dist.PrefixStore("watch", _own_connection(store))
         self._exchange()
+        self._reader = threading.Thread(target=self._read, name="watch's store", daemon=True)
+        self._reader.start()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # a thread in C++ when the interpreter goes aborts the process
 
     def stop(self) -> None:
-        """End the thread; safe to call twice."""
+        """End the threads; safe to call twice."""
         self._stopping = True
-        if self._thread is not None:
+        if self._thread is not None and self._reader is not None:
             self._wake.put(None)
+            self._due.put(False)
             self._thread.join(GRACE_S)
-            self._thread = self._store = None
+            self._reader.join(GRACE_S)
+            self._thread = self._reader = self._store = None
             atexit.unregister(self.stop)
 
     # The main thread --------------------------------------------------------------------------------------------
@@ -193,7 +211,7 @@ class Watch:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 self._told = True
                 self._look(GRACE_S, lambda: self._lost is not None)
-                cause = f"{call.what} failed on rank {self.rank}: {str(error).splitlines()[0]}"
+                cause = f"{call.what} failed on {self.names([self.rank])}: {str(error).splitlines()[0]}"
                 raise (self._lost or RankLost(cause, cause, speaks_first=True)) from error
             self._under_way.pop(call.number, None)
             raise
@@ -213,30 +231,58 @@ class Watch:
         beat = self._mine.beat
         self._look(GRACE_S / 4, lambda: self._mine.beat >= beat + 2)  # the first may have been under way
 
+    def request_stop(self) -> None:
+        """Tell the others that this rank was asked to stop; safe in a signal handler."""
+        self.stop_requested = self._mine.stopping = True
+        self._wake.put(None)
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """What a sentence calls them: ranks 8 to 15 on host b; the host where the launch has several."""
+        states = {**self._peers, self.rank: self._mine}
+        several = len({state.host for state in states.values()}) > 1
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(f" on host {states[rank].host}" if several else "", []).append(rank)
+        return " and ".join(f"{_numbers(them)}{where}" for where, them in by_host.items())
+
     def _look(self, seconds: float, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + seconds
         while self._thread is not None and not until() and time.monotonic() < deadline:
             self._wake.put(None)
             time.sleep(0.01)
 
-    # The thread -------------------------------------------------------------------------------------------------
+    # The threads ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        idle = True
         while not self._stopping:
-            gone = [rank for rank, peer in self._peers.items() if _process_state(peer, self._mine) in "ZX"]
-            try:
-                if self._reachable:
-                    self._exchange()  # after that: a rank says that it ends before it is gone
-            except RuntimeError:  # the rank that serves the store may be the one that is lost
-                self._reachable = False
+            if idle:
+                self._due.put(True)
+                idle = False
+            with suppress(queue.Empty):
+                self._done.get(timeout=self._period)
+                idle = True
             if self._lost is None:
+                recent = time.monotonic() - self._exchanged_at < GRACE_S
+                gone = self._gone if recent else self._look_for_gone()
                 self._lost, self._lost_at = self._judge(gone), time.monotonic()
             elif not self._told and time.monotonic() - self._lost_at > GRACE_S and not self._stopping:
                 leave_process(1, f"error: {self._lost}", self._lost.speaks_first)
-            try:
+            with suppress(queue.Empty):
                 self._wake.get(timeout=self._period)
-            except queue.Empty:
-                continue
+
+    def _read(self) -> None:
+        try:
+            while self._due.get():
+                gone = self._look_for_gone()
+                self._exchange()  # after that: a rank says that it ends before it is gone
+                self._gone, self._exchanged_at = gone, time.monotonic()
+                self._done.put(None)
+        except RuntimeError:  # the rank that serves the store may be the one that is lost
+            self._exchanged_at = -math.inf
+
+    def _look_for_gone(self) -> list[int]:
+        return [rank for rank, peer in self._peers.items() if _process_state(peer, self._mine) in "ZX"]
 
     def _exchange(self) -> None:
         store = self._store
@@ -250,12 +296,13 @@ class Watch:
             state = State(**{**json.loads(text), "heard": time.monotonic()})
             if state.beat != self._peers[rank].beat:
                 self._peers[rank] = state
+                self.stop_requested = self.stop_requested or state.stopping
 
     def _judge(self, gone: list[int]) -> RankLost | None:
         dead = [rank for rank in gone if self._peers[rank].end is None]
         if dead:
             pids = ", ".join(str(self._peers[rank].pid) for rank in dead)
-            return self._verdict(f"{_names(dead)} died (process {pids} is gone)", dead)
+            return self._verdict(f"{self.names(dead)} died (process {pids} is gone)", dead)
         for rank, peer in self._peers.items():
             if peer.end:
                 return self._verdict(peer.end, [rank], relayed=True)
@@ -265,28 +312,32 @@ class Watch:
         return None
 
     def _overdue(self, call: Collective, waited: float) -> RankLost:
-        silent = [rank for rank, peer in self._peers.items() if peer.silence_s > max(waited / 2, 3 * self._period)]
+        long = max(waited / 2, 3 * self._period)
+        silent = [rank for rank, peer in self._peers.items() if peer.silence_s > long]
         fewest = min(peer.number for peer in self._peers.values())
-        if not self._reachable:
-            return self._verdict("the store of the launch does not answer", [])
+        if time.monotonic() - self._exchanged_at > long:
+            host = self._peers[0].host if self.rank else self._mine.host  # rank 0's, whoever serves it there
+            servers = [rank for rank, peer in self._peers.items() if peer.host == host != self._mine.host]
+            where = f" on host {host}" if servers else ""
+            return self._verdict(f"the store of the launch{where} does not answer", servers)
         if silent:
             peer = self._peers[silent[0]]
             stopped = f" (process {peer.pid} is stopped)" if _process_state(peer, self._mine) == "T" else ""
-            cause = f"{_names(silent)} gave no sign of life for {peer.silence_s:.0f} s{stopped}"
+            cause = f"{self.names(silent)} gave no sign of life for {peer.silence_s:.0f} s{stopped}"
             return self._verdict(cause, silent)
         if fewest >= call.number:
             return self._verdict(f"{call.what} did not end in {waited:.0f} s though every rank entered it", [])
         late = [rank for rank, peer in self._peers.items() if peer.number == fewest]
         peer = self._peers[late[0]]
         since = f", {peer.age_s + peer.silence_s:.0f} s ago" if peer.number else ""
-        cause = f"{_names(late)} did not enter {call.what} in {waited:.0f} s and had last entered {peer.what}{since}"
-        return self._verdict(cause, late)
+        missed = f"did not enter {call.what} in {waited:.0f} s and had last entered {peer.what}{since}"
+        return self._verdict(f"{self.names(late)} {missed}", late)
 
     def _verdict(self, cause: str, culprits: list[int], relayed: bool = False) -> RankLost:
         under_way = next(iter(self._under_way.copy().values()), None)
         where = f"was in {under_way.what}" if under_way else f"had last been in {self._mine.what}"
         lowest = min({self.rank, *self._peers} - set(culprits))
-        return RankLost(f"{cause}; rank {self.rank} {where}", cause, lowest == self.rank and not relayed)
+        return RankLost(f"{cause}; {self.names([self.rank])} {where}", cause, lowest == self.rank and not relayed)
 
 
 def leave_process(status: int, sentence: str, at_once: bool) -> NoReturn:
@@ -311,8 +362,10 @@ def leave_process(status: int, sentence: str, at_once: bool) -> NoReturn:
         os._exit(status)  # other ranks may wait in a collective: leave without joining it
 
 
-def _names(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+def _numbers(ranks: list[int]) -> str:
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def _machine() -> str:

@@ -23,7 +23,7 @@ from ..engine.errors import UserError
 from ..engine.metrics import read_records, say
 from ..engine.objective import Stats, count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
-from ..engine.schedule import Schedule, mixing_schedule
+from ..engine.schedule import Schedule, mixing
 from ..engine.step import level, merged
 from ..kernels.linear import ROWS
 from ..rollout.trajectory import Group, masked_statuses
@@ -34,7 +34,7 @@ from .pace import Pace
 from .policy import load_policy, load_reference, save_policy
 from .rewarding import Rewarding
 from .rollouts import Rollouts, my_share
-from .run import Run, launch
+from .run import Run, Stopped, launch
 from .training import Training, places
 
 Sample = Callable[[Sequence[Expert], int], list[Group]]  # tasks of this rank, round -> their groups, with rewards
@@ -60,7 +60,10 @@ def grpo(run: Run) -> Path:
     with Rollouts(run, policy) as rollouts:
         for step in training.steps():
             sample = partial(sample_round, run, rollouts, rewarding, training.pace, training.capture, step)
-            asked, groups = ask(run, pool, step, sample)
+            try:
+                asked, groups = ask(run, pool, step, sample)
+            except Stopped:
+                continue  # training.steps saves what was before this step, and ends
             with training.pace("data"):
                 others = my_share(run, drawn(run, pool, settings.experts_per_step, step, 1), expert_length)
                 imitated = experts.examples([*asked, *others], step, policy.tokenizer) if gamma(step) else []
@@ -88,18 +91,10 @@ def grpo(run: Run) -> Path:
                     "expected 0; this machine's libraries sum a row otherwise in other company, go on without it"
                 )
             training.log(step, record | doctor.examine(step, record))
+            if kept := run.config.run.kept_steps:
+                rollouts.remove_before(step + 1 - kept)
     save_policy(run, policy, folder / "model")
     return folder / "model"
-
-
-def mixing(settings: GRPOConfig) -> Schedule:
-    """The weight of the experts' likelihood by step, as configured."""
-    return mixing_schedule(
-        mu_peak=settings.mu_peak,
-        mu_valley=settings.mu_valley,
-        mu_decay_steps=settings.mu_decay_steps,
-        total_steps=settings.steps,
-    )
 
 
 def objective(settings: GRPOConfig, temperature: float) -> Callable[..., tuple[Tensor, Stats]]:
@@ -202,7 +197,8 @@ def set_advantages(group: Group, run: Run) -> None:
     if not has_contrast(group, run.config.reward):
         return
     members = [trajectory for trajectory in group.trajectories if trajectory.scored]
-    advantages = group_advantages([t.reward for t in members], run.config.grpo.scale_rewards).tolist()
+    scaled = run.config.grpo.loss_type != "dr_grpo"  # Dr. GRPO, arXiv 2503.20783
+    advantages = group_advantages([t.reward for t in members], scaled).tolist()
     for trajectory, advantage in zip(members, advantages, strict=True):
         trajectory.advantage = advantage
 

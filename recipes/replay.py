@@ -35,6 +35,7 @@ from ..engine.errors import UserError
 from ..engine.manifest import list_checkpoints
 from ..engine.optim import AdamW
 from ..engine.reference import Reference
+from ..engine.schedule import mixing
 from ..engine.settings import build, settings_of
 from ..engine.shard import ShardedModel
 from ..engine.step import optimise
@@ -44,7 +45,7 @@ from ..rollout.grammar import GRAMMARS
 from ..rollout.recorded import Recorded
 from ..rollout.trajectory import Group, Trajectory
 from .capsule import Capsule, hashes, layout, tensors_of, token_logprobs
-from .grpo import mixing, objective, set_advantages, to_examples, to_minibatches
+from .grpo import objective, set_advantages, to_examples, to_minibatches
 from .policy import Policy, compute_dtype, load_policy, load_reference
 from .rewarding import Rewarding
 from .rollouts import agent_limits, open_sandbox

@@ -33,7 +33,8 @@ class Rollouts:
 
     def __init__(self, run: Run, policy: Policy) -> None:
         settings, memory = run.config.rollout, free_memory(run.mesh.device, run.mesh.local_world_size)
-        self._policy, self._mesh, self._folder = policy, run.mesh, run.folder / "trajectories"
+        self._run, self._policy, self._mesh = run, policy, run.mesh
+        self._folder = run.folder / "trajectories"
         self._limits = agent_limits(settings)
         self._waited_s = 0.0  # since the last metrics
         self.sampler = Sampler(
@@ -63,6 +64,7 @@ class Rollouts:
 
         Raises:
             RuntimeError: all of them failed, by log-probabilities that are not finite or by files that are gone.
+            Stopped: on all ranks, as soon as one of them was asked to stop.
         """
         params = SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=self._limits.max_tokens_per_turn, seed=seed
@@ -85,9 +87,12 @@ class Rollouts:
                     openings=openings,
                     progress=recorder.add,
                     waited=self._add_wait,
+                    stop=lambda: self._mesh.watch.stop_requested,
                 )
             finally:
                 self.sampler.flush()  # the weights may change now, and an update has use for the cache's memory
+        if self._run.agree_to_stop():
+            raise self._run.stopped()
         found = [trajectory for group in groups for trajectory in group.trajectories]
         if found and all(trajectory.status == "failed" for trajectory in found):
             raise RuntimeError(f"all {len(found)} trajectories failed, the first of them so: {found[0].error}")
@@ -96,6 +101,12 @@ class Rollouts:
     def record(self, name: str, groups: Sequence[Group]) -> None:
         """Writes what ``sample`` recorded under a name once more, with rewards and advantages."""
         write_records(self.file(name), groups, self._policy.tokenizer)
+
+    def remove_before(self, step: int) -> None:
+        """Removes what this rank recorded of the GRPO steps before one."""
+        for file in self._folder.glob(f"grpo/*.rank{self._mesh.rank}.jsonl"):
+            if int(file.name.partition(".")[0]) < step:
+                file.unlink()
 
     def file(self, name: str) -> Path:
         """Where this rank's trajectories of a record are."""

@@ -5,8 +5,21 @@ Every recipe is started in the same way, alone or under torchrun:
     torchrun --standalone --nproc-per-node 2 -m groupwise.recipes.grpo [CONFIG] [section.key=value ...] [--dry-run]
 
 CONFIG is a TOML file or the name of one in ``configs/``. A mistake of the user ends the run with one sentence and
-status 2; Ctrl-C or SIGTERM ends it after the step under way with what is done saved, and status 130. ``--dry-run`` says
-the arithmetic of the run and ends before anything is written or sampled.
+status 2. ``--dry-run`` says the arithmetic of the run and ends before anything is written or sampled.
+
+SIGTERM, a scheduler's notice, and Ctrl-C end a run with what is done saved. While trajectories are sampled the step is
+given up at once on all ranks, whichever of them got the signal, and repeated after the resume: it is a function of its
+number. Once its rewards are being computed it is finished. The status is 75 (EX_TEMPFAIL of sysexits.h: the same
+command goes on) for SIGTERM and 130 for Ctrl-C.
+
+torchrun hides the status of its ranks: it ends with 1 whatever theirs is. So a run that SIGTERM ended leaves the file
+``RUN/resume``, which its next start removes:
+
+    torchrun ... -m groupwise.recipes.grpo train || { [ -e runs/train/resume ] && scontrol requeue "$SLURM_JOB_ID"; }
+
+torchrun kills its ranks 30 s after it got SIGTERM (``--shutdown-timeout``, where PyTorch has it): give a large model
+the time of an update and of a checkpoint. A rank that alone gets SIGTERM stops all; torchrun then starts them again, as
+after any failure, where ``--max-restarts`` allows it.
 """
 
 import contextlib
@@ -31,15 +44,25 @@ from ..engine.config import Config, describe_settings, is_changeable, load_confi
 from ..engine.errors import UserError
 from ..engine.lock import Lock
 from ..engine.mesh import Mesh
-from ..engine.together import together
+from ..engine.schedule import mixing
+from ..engine.together import check_shared, together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
 from .arithmetic import in_words
 from .memory import MemoryWatch, PlannedMemory
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, TEMPORARY_FAILURE, INTERRUPTED = 2, 75, 130
 DRY_RUN = "--dry-run"
+RESUME = "resume"  # the file that a run leaves for a job script
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, by a signal with this ``number``."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Run:
@@ -51,20 +74,26 @@ class Run:
         claim: the folder becomes this configuration's; False for a recipe that only looks at a run.
         phases: of ``engine.planner.PHASES``, those whose memory is planned.
 
+    Attributes:
+        stopping: the number of the signal that all ranks have agreed to obey, 0 for none.
+
     Raises:
         UserError: the run's folder belongs to a run of another configuration, or a run is at work there; a
-            phase does not fit the memory.
+            phase does not fit the memory; the experts' weight takes more steps than ``grpo.steps``.
     """
 
     def __init__(self, config: Config, mesh: Mesh, claim: bool = True, phases: Sequence[str] = ()) -> None:
         self.config, self.mesh = config, mesh
+        mixing(config.grpo)  # steps that do not add up are known before anything starts
         self.planned = PlannedMemory(config, mesh, phases)
         self.folder = Path(config.run.folder) / config.run.name
-        self._stop_requested = False
+        self.stopping = self._signal = 0
         self._in_steps = False
+        self._lock: Lock | None = None  # rank 0's, for as long as this run is
         self.memory = MemoryWatch()
         if claim:
             together(mesh, self._claim_folder if self.is_main else lambda: None)
+            check_shared(self.folder, mesh)
 
     def elapsed_s(self) -> float:
         """Wall seconds since this process was started by the system, imports included."""
@@ -89,31 +118,47 @@ class Run:
             yield
         finally:
             self._in_steps = False
+        if self._signal:
+            raise Stopped(self._signal)
 
     def agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        asked = torch.tensor(float(self._stop_requested), device=self.mesh.device)
-        return bool(self.mesh.all_reduce(asked, op="max").item())
+        asked = torch.tensor(float(self._signal), device=self.mesh.device)
+        self.stopping = int(self.mesh.all_reduce(asked, op="max").item())
+        return bool(self.stopping)
+
+    def stopped(self) -> Stopped:
+        """What all ranks raise when they have agreed to stop."""
+        return Stopped(self.stopping)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ends at once outside of steps, after the step under way within them.
+        """Ends at once outside of steps; within them the ranks agree to.
 
         Raises:
+            Stopped: outside of steps.
             RankLost: another rank failed, and torchrun ends the others for that reason.
         """
         if lost := self.mesh.watch.lost():
             raise lost
-        self._stop_requested = True
+        self._signal = max(self._signal, number)
+        self.mesh.watch.request_stop()
         if not self._in_steps:
-            raise KeyboardInterrupt
+            raise Stopped(number)
 
     def _claim_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder / ".lock")  # as long as this run is
+        self._lock = Lock(self.folder / ".lock")
         self.check_configuration()
+        (self.folder / RESUME).unlink(missing_ok=True)
         file = self.folder / "config.json"
         if not file.exists():
             write_atomically(file, json.dumps(self.config.to_dict(), indent=1))
+
+    def mark_resumable(self) -> None:
+        """Leaves the file by which a job script knows that the run wants to go on."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / RESUME).touch()
 
     def check_configuration(self) -> None:
         """Raises the UserError of a folder that holds a run of another configuration."""
@@ -160,7 +205,7 @@ def launch(
         if configure is configured:
             print(f"Settings and their defaults:{describe_settings()}")
         return
-    mesh, dry = None, DRY_RUN in argv
+    mesh, run, dry = None, None, DRY_RUN in argv
     _keep_freed_memory()
     try:
         config = configure([arg for arg in argv if arg != DRY_RUN])
@@ -182,6 +227,8 @@ def launch(
     except (Exception, KeyboardInterrupt) as error:
         for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's comes soon; this rank ends by itself
             signal.signal(number, signal.SIG_IGN)
+        if run is not None and isinstance(error, Stopped) and error.number == signal.SIGTERM:
+            run.mark_resumable()
         if mesh is not None:
             mesh.announce(error)
         _end(error, argv)
@@ -218,10 +265,13 @@ def _end(error: BaseException, argv: list[str]) -> NoReturn:
     if isinstance(error, RankLost):
         leave_process(1, f"error: {error}", error.speaks_first)
     if isinstance(error, KeyboardInterrupt):  # all ranks stop together
+        status = TEMPORARY_FAILURE if isinstance(error, Stopped) and error.number == signal.SIGTERM else INTERRUPTED
         stopped = f"stopped; what is done is saved. To go on:\n  {_command(argv)}"
-        leave_process(INTERRUPTED, "" if mine else stopped, at_once=True)
+        leave_process(status, "" if mine else stopped, at_once=True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = UserError(f"no space left on the device for {error.filename or 'the run folder'}; free some")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        error = UserError(f"{error.filename} cannot be written: {error.strerror}; choose another run.folder")
     if isinstance(error, UserError):
         leave_process(USER_ERROR, f"{mine}error: {error}", at_once=not mine)
     traceback.print_exc()

@@ -58,10 +58,13 @@ class Training:
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar; saves in the background when due, and before it obeys a signal.
 
+        A step within which the ranks agreed to stop was given up: the state as it stood before it is saved.
+
         Raises:
             UserError: a checkpoint could not be written.
+            Stopped: a rank was asked to stop, and what is done is saved.
         """
-        every = self.run.config.run.checkpoint_every
+        every, saved = self.run.config.run.checkpoint_every, self.start
         with self.metrics, self.run.stop_between_steps():
             for step in progress(range(self.start, self.stop), self.phase, rank=self.run.mesh.rank):
                 self.capture.begin(step)
@@ -69,14 +72,15 @@ class Training:
                 with traced(self.run, self.phase, step):
                     yield step
                 self.capture.end()
-                done = step + 1
+                done = step if self.run.stopping else step + 1
                 self.saver.poll()
                 stopping = self.run.agree_to_stop()
-                if stopping or (done % every == 0 and done < self.stop):
+                if done > saved and (stopping or (done % every == 0 and done < self.stop)):
                     self.saver.save(self.policy.model, self.optimizer, {"step": done})
+                    saved = done
                 if stopping:
                     self.saver.wait()
-                    raise KeyboardInterrupt
+                    raise self.run.stopped()
             self.saver.wait()
 
     def update(self, step: int, batches: Sequence[Batch], loss_fn: LossFunction) -> Update:

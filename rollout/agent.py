@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ..engine.tokenizer import Tokenizer
     from .sampler import Completion
 
+STOP_LOOK_S = 0.5  # between two looks whether to stop, while nobody decodes
+
 logger = logging.getLogger(__name__)
 
 
@@ -129,6 +131,7 @@ def run_agent(
     openings: Sequence[Sequence[str]] | None = None,
     progress: Callable[[Trajectory], None] | None = None,
     waited: Callable[[float], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Group]:
     """Samples groups of trajectories.
 
@@ -144,6 +147,7 @@ def run_agent(
             are spans of the writer "forced", and they count as turns.
         progress: called with each trajectory as it ends.
         waited: called with the seconds of each time in which code ran and the sampler had nothing to do.
+        stop: where it says so, what is under way is given up at once, and the groups are returned as they are.
 
     Raises:
         UserError: `num_generations` below 1, a task's file is missing, an opening is no code turn of its task's
@@ -158,7 +162,7 @@ def run_agent(
     for task, opening in zip(tasks, openings, strict=True):
         task_files(task.files)
         _check_opening(task, opening)
-    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress, waited)
+    loop = _Loop(sampler, sandbox, tokenizer, replace(params, seed=seed), limits, progress, waited, stop)
     groups = [Group(task, [Trajectory(task, index, []) for index in range(num_generations)]) for task in tasks]
     try:
         for group, number, opening in zip(groups, _stream_numbers(tasks), openings, strict=True):
@@ -181,9 +185,11 @@ class _Loop:
         limits: AgentLimits,
         progress: Callable[[Trajectory], None] | None,
         waited: Callable[[float], None] | None,
+        stop: Callable[[], bool],
     ) -> None:
         self._sampler, self._sandbox, self._tokenizer = sampler, sandbox, tokenizer
-        self._params, self._limits, self._progress, self._waited = params, limits, progress, waited
+        self._params, self._limits, self._progress = params, limits, progress
+        self._waited, self._stop = waited, stop
         self._max_wall_s = limits.max_wall_s or math.inf
         self._episodes: list[_Episode] = []
         self._writing: dict[int, _Episode] = {}
@@ -201,8 +207,8 @@ class _Loop:
             self._next_turn(episode)
 
     def run(self) -> None:
-        """Works until every trajectory has ended."""
-        while self._writing or self._executing:
+        """Works until every trajectory has ended, or until it is asked to stop."""
+        while (self._writing or self._executing) and not self._stop():
             if self._sampler.has_work:
                 for completion in self._sampler.poll():
                     self._read_turn(self._writing.pop(completion.request_id), completion)
@@ -214,16 +220,16 @@ class _Loop:
             self._end_late()
 
     def abandon(self) -> None:
-        """Gives up what is under way, after an error or an interrupt; after `run` there is nothing."""
+        """Gives up what is under way, after an error, an interrupt or a stop; else there is nothing after `run`."""
         for future in self._executing:
             future.cancel()
         for episode in self._episodes:
             self._release(episode)
 
     def _wait(self) -> None:
-        """Sleeps until an execution is done, or until a trajectory has had its time."""
+        """Sleeps until an execution is done, until a trajectory has had its time, or until it is to look up."""
         deadline = min(episode.deadline for episode in self._executing.values())
-        timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        timeout = min(max(0.0, deadline - time.monotonic()), STOP_LOOK_S)
         begin, done = time.perf_counter(), None
         with suppress(Empty):
             done = self._executed.get(timeout=timeout)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["torch", "pytest", "groupwise.engine.model", "groupwise.engine.mesh"]
+PRELOAD = ["torch", "pytest", "groupwise.recipes.train", "groupwise.recipes.evaluate"]
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:

@@ -1,6 +1,7 @@
 """The many-turn loop: every trajectory ends as it should, nothing waits for anything else, nothing is left behind."""
 
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -183,6 +184,32 @@ def test_an_interrupt_while_it_sleeps_leaves_nothing() -> None:
         signal.signal(signal.SIGALRM, before)
     assert sorted(sampler.released) == sorted(sampler.contexts)
     assert all(session.closed for session in sandbox.sessions)
+    assert all(future.cancelled() for future in sandbox.slow_ones)
+
+
+@pytest.mark.parametrize("polls", range(1, 10))
+def test_a_stop_gives_up_what_is_under_way_at_once(polls: int) -> None:
+    script = {(sample, turn): code("a") for sample in range(3) for turn in range(2)}
+    script |= {(0, 0): code("slow"), (1, 2): answer("3"), (2, 2): answer("3")}
+    sampler, sandbox = ScriptedSampler(script), SlowSandbox()
+    groups = run_agent(
+        sampler, sandbox, [task(), task(1)], tokenizer=Characters(), num_generations=3, params=SamplingParams(),
+        limits=LIMITS, seed=0, stop=lambda: sampler.steps == polls,
+    )  # fmt: skip
+    assert (len(groups), sampler.steps) == (2, polls)
+    assert sorted(sampler.released) == sorted(sampler.contexts)
+    assert all(session.closed for session in sandbox.sessions)
+    assert all(future.cancelled() for future in sandbox.slow_ones)
+
+
+def test_a_stop_does_not_wait_for_tools() -> None:
+    asked = threading.Event()
+    threading.Timer(0.1, asked.set).start()
+    sampler, sandbox = ScriptedSampler([code("slow")]), SlowSandbox()
+    run_agent(
+        sampler, sandbox, [task()], tokenizer=Characters(), num_generations=1, params=SamplingParams(),
+        limits=LIMITS, seed=0, stop=asked.is_set,
+    )  # fmt: skip
     assert all(future.cancelled() for future in sandbox.slow_ones)
 
 

@@ -74,7 +74,7 @@ def make_examples(vocab: int) -> list[Example]:
     """Two groups with prompts of their own, and one alone; completions of several lengths."""
     rng = random.Random(0)
     examples = []
-    for group, (prompt, completions) in enumerate([(150, (3, 40, 17)), (21, (130, 9)), (5, (60,))]):
+    for group, (prompt, completions) in enumerate([(150, (3, 30, 17)), (21, (70, 9)), (5, (40,))]):
         start = [rng.randrange(vocab) for _ in range(prompt)]
         for length in completions:
             ids = start + [rng.randrange(vocab) for _ in range(length)]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import launched
 from safetensors.torch import load_file, save_file
 from small_tables import small_tables
 
@@ -79,13 +80,14 @@ def run(
     recipe: str, *arguments: str, cwd: Path, ranks: int = 1, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """One recipe in processes of its own."""
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    done = subprocess.run(
-        [*start, f"groupwise.recipes.{recipe}", *SMALL, *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    if ranks == 1:
+        done = launched(recipe, [*SMALL, *arguments], cwd)
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        done = subprocess.run(
+            [*start, f"groupwise.recipes.{recipe}", *SMALL, *arguments],
+            cwd=cwd, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -195,12 +197,13 @@ def test_how_a_run_computes_does_not_change_its_losses(finished: tuple[Path, str
         "optimizer.offload=all",
         "optimizer.tokens_per_microbatch=600",
     ]
-    losses = []
-    for name, arguments in (("plain", []), ("other", options)):
-        shutil.copytree(finished[0] / "data", tmp_path / name / "runs" / "train" / "data")
-        run("sft", *arguments, cwd=tmp_path / name, ranks=2)
-        records = (tmp_path / name / "runs" / "train" / "sft.jsonl").read_text().splitlines()
-        losses.append([json.loads(record)["loss"] for record in records])
+    other = tmp_path / "runs" / "train"
+    shutil.copytree(finished[0] / "data", other / "data")
+    run("sft", *options, cwd=tmp_path, ranks=2)
+    losses = [
+        [json.loads(record)["loss"] for record in (folder / "sft.jsonl").read_text().splitlines()]
+        for folder in (finished[0], other)
+    ]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -257,6 +260,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     return {
         "unknown key": ["synthesize", "grpo.stepss=3"],
         "wrong type": ["synthesize", "sft.steps=many"],
+        "steps that do not add up": ["synthesize", "grpo.mu_peak=0.5", "grpo.mu_decay_steps=3"],
         "attention of a GPU": ["synthesize", "run.attention=xformers"],
         "missing tables": ["synthesize", f"tables={folder / 'nowhere'}"],
         "no table": ["synthesize", f"tables={tables}"],
@@ -275,6 +279,7 @@ def prepare(case: str, folder: Path, finished: Path) -> list[str]:
     [
         ("unknown key", "did you mean 'grpo.steps'?"),
         ("wrong type", 'sft.steps is "many", expected a whole number'),
+        ("steps that do not add up", "3 is more than the run's 2 steps"),
         ("attention of a GPU", "'xformers' does not run on cpu; choose one of auto, sdpa"),
         ("missing tables", "does not exist"),
         ("no table", "no .csv file"),

@@ -1,5 +1,7 @@
 """Decoding in fixed buffers by Triton's kernels: the tokens of the plain path, at any size of the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreter import interpreted
@@ -11,7 +13,8 @@ from groupwise.rollout.sampler import Sampler, SamplingParams
 
 def sample_in_turns() -> tuple[bool, list[list[int]], list[list[float]]]:
     """Two groups and a lone prompt, that end at different times; one of them goes on for another turn."""
-    engine = Sampler(random_model(), Letters(), kv_memory=0.01, block_size=16)
+    model = random_model(replace(CONFIG, num_hidden_layers=2))
+    engine = Sampler(model, Letters(), kv_memory=0.01, block_size=16)
     engine._is_behind = True
     many = [*prompts(20, 35) * 2, *prompts(3)]
     ids = [

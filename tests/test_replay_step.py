@@ -20,11 +20,11 @@ from groupwise.engine.checkpoint import save_checkpoint
 from groupwise.engine.config import Config, load_config
 from groupwise.engine.errors import UserError
 from groupwise.engine.mesh import Mesh
-from groupwise.engine.schedule import Schedule
+from groupwise.engine.schedule import Schedule, mixing
 from groupwise.engine.step import NonFiniteError
 from groupwise.engine.tokenizer import Tokenizer
 from groupwise.recipes.capsule import Capsule, write_capsule
-from groupwise.recipes.grpo import mixing, objective, set_advantages, to_minibatches
+from groupwise.recipes.grpo import objective, set_advantages, to_minibatches
 from groupwise.recipes.policy import create_policy, load_policy, load_reference, save_policy
 from groupwise.recipes.replay import Replay, configuration, replay
 from groupwise.recipes.rewarding import Rewarding

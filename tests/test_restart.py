@@ -30,6 +30,25 @@ def recipe(run):
 launch(recipe, claim=False)
 """
 
+# Each rank "samples" until it hears of a stop, wherever the signal came, and then they agree.
+SAMPLING = """
+import os, time
+from pathlib import Path
+from groupwise.recipes.run import Stopped, launch
+
+def recipe(run):
+    with run.stop_between_steps():
+        run.mesh.barrier()
+        Path(f"pid{run.mesh.rank}").write_text(str(os.getpid()))
+        deadline = time.monotonic() + 60
+        while not run.mesh.watch.stop_requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert run.agree_to_stop()
+        raise run.stopped()
+
+launch(recipe)
+"""
+
 
 def torchrun(ranks, *command, cwd, **environment):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -65,6 +84,25 @@ def test_a_run_that_is_asked_to_stop_says_so_and_blames_no_rank(program, tmp_pat
     _, errors = process.communicate(timeout=60)
     assert "stopped; what is done is saved" in errors
     assert "rank 1 " not in errors.split("Traceback")[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_one_rank_that_is_asked_to_stop_stops_all(number, status, tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(SAMPLING)
+    pids = [tmp_path / f"pid{rank}" for rank in range(2)]
+    process = torchrun(2, str(file), cwd=tmp_path)
+    while not all(pid.exists() and pid.read_text() for pid in pids):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(int(pids[1].read_text()), number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun hides what it was
+    assert f"exitcode: {status}" in errors
+    assert "stopped; what is done is saved" in errors
+    assert "error: " not in errors.split("Traceback")[0]
+    resume = tmp_path / "runs" / "train" / "resume"
+    assert resume.exists() == (number == signal.SIGTERM)
 
 
 def pid_of(rank, program):

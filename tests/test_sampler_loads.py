@@ -37,7 +37,7 @@ def episodes(model: Model) -> list[list[list[int]]]:
 
 def three_turns(engine: Sampler, cancelled: int = 0) -> list[list[list[int]]]:
     """Each request's three turns, with an observation of another length behind each."""
-    groups = [prompt for prompt in prompts(5, 9, 30, 12, 21) for _ in range(4)]
+    groups = [prompt for prompt in prompts(5, 9, 30, 12, 21) for _ in range(3)]
     params = [SamplingParams(max_tokens=6 + i % 9, seed=3, temperature=0.5 + i % 3 / 2) for i in range(len(groups))]
     ids = {
         engine.submit(prompt, p, stream=(i, 7, 0)): i for i, (prompt, p) in enumerate(zip(groups, params, strict=True))

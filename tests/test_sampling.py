@@ -299,7 +299,7 @@ def check_against_eager(
         torch.testing.assert_close(got.cpu()[same], true[same], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("num_rows", "num_vocab"), [(0, 10), (12, 1), (24, 50), (24, 700)])
+@pytest.mark.parametrize(("num_rows", "num_vocab"), [(0, 10), (6, 1), (16, 50), (12, 700)])
 def test_triton_draws_what_the_eager_form_draws(num_rows: int, num_vocab: int) -> None:
     interpreted(check_against_eager, num_rows, num_vocab)
 
@@ -331,7 +331,7 @@ def test_triton_has_the_same_random_numbers_to_the_bit() -> None:
 
 
 def check_tiles() -> None:
-    given = (normal(8, 700), *streams(8), *mixed(8))
+    given = (normal(8, 400), *streams(8), *mixed(8))
     found = []
     for sampling.SLICE, sampling.BLOCK in ((128, 256), (256, 512), (1024, 1024)):
         found.append(sample_tokens(*given))

@@ -47,7 +47,7 @@ def cases():
     return {"toy": toy, "ours": (small_model, batches, lambda m, b: small_loss(m, b)[0])}
 
 
-def train_sharded(mesh, case, reshard, steps=10):
+def train_sharded(mesh, case, reshard, steps):
     make, batches, loss_fn = cases()[case]
     policy = ShardedModel(make(), mesh, reshard_after_forward=reshard)
     optimizer = AdamW(policy.shards, lr=LR, weight_decay=DECAY)
@@ -65,7 +65,7 @@ def train_sharded(mesh, case, reshard, steps=10):
     return losses, norms, dict(policy.state_dict_full()), whole_units(policy)
 
 
-def train_plain(case, steps=10):
+def train_plain(case, steps):
     make, batches, loss_fn = cases()[case]
     model = make()
     groups = [
@@ -88,14 +88,15 @@ def train_plain(case, steps=10):
     return losses, norms, weights
 
 
-def train_all(mesh):
-    return {(case, reshard): train_sharded(mesh, case, reshard) for case in cases() for reshard in (True, False)}
+def train_all(mesh, steps):
+    return {(case, reshard): train_sharded(mesh, case, reshard, steps) for case in cases() for reshard in (True, False)}
 
 
-def test_ten_steps_on_ranks_that_cut_units_at_odd_places():
-    ranks = run_ranks(train_all, 3)
+@pytest.mark.parametrize("steps", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_steps_on_ranks_that_cut_units_at_odd_places(steps):
+    ranks = run_ranks(train_all, 3, steps)
     for case, reshard in ranks[0]:
-        losses, norms, weights = train_plain(case)
+        losses, norms, weights = train_plain(case, steps)
         for rank in ranks:
             ours = rank[case, reshard]
             assert ours[0] == pytest.approx(losses, rel=1e-5)

@@ -46,8 +46,13 @@ def answer_of(expert: Expert) -> str:
     return re.sub(r"<[^>]*>", "", expert.spans[-1][1].rpartition("<answer>")[2]).strip()
 
 
-def test_tables_and_databases_become_trajectories(tmp_path: Path, tables: Path) -> None:
-    data = synthesize(run_of(tmp_path, tables))
+@pytest.fixture(scope="module")
+def made(tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(run_of(tmp_path_factory.mktemp("made"), tables))
+
+
+def test_tables_and_databases_become_trajectories(made: Path) -> None:
+    data = made
     report, experts = json.loads((data / "report.json").read_text()), list(read_experts(data))
     assert len(experts) == report["count"] == 90
     assert report["strata"] == {"success": 36, "corrected": 31, "self_corrected": 14, "failure": 9}
@@ -71,12 +76,12 @@ def test_tables_and_databases_become_trajectories(tmp_path: Path, tables: Path) 
     assert (data / "report.png").stat().st_size > 10_000
 
 
-def test_the_benchmark_that_is_to_be_evaluated_on_is_looked_at(tmp_path: Path, tables: Path) -> None:
+def test_the_benchmark_that_is_to_be_evaluated_on_is_looked_at(tmp_path: Path, tables: Path, made: Path) -> None:
     benchmark = tmp_path / "benchmark"
     (benchmark / "tables").mkdir(parents=True)
     shutil.copy(tables / "table1.csv", benchmark / "tables" / "held.csv")
-    first = next(iter(read_experts(synthesize(run_of(tmp_path / "a", tables)))))
-    long = next(e for e in read_experts(tmp_path / "a" / "train" / "data") if len(e.task.question.split()) > 16)
+    first = next(iter(read_experts(made)))
+    long = next(expert for expert in read_experts(made) if len(expert.task.question.split()) > 16)
     questions = [
         {"id": number, "question": text, "concepts": ["x"], "constraints": "", "format": "@a[1]", "level": "easy",
          "file_name": "held.csv"}
@@ -85,7 +90,7 @@ def test_the_benchmark_that_is_to_be_evaluated_on_is_looked_at(tmp_path: Path, t
     labels = [{"id": number, "common_answers": [["a", "1"]]} for number in range(2)]
     for name, rows in (("questions", questions), ("labels", labels)):
         (benchmark / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = synthesize(run_of(tmp_path / "b", tables, f"evaluate.benchmark={benchmark}"))
+    data = synthesize(run_of(tmp_path, tables, f"evaluate.benchmark={benchmark}"))
     report = json.loads((data / "report.json").read_text())
     assert report["dropped"]["contamination"] >= 1
     assert report["count"] == 90
@@ -96,14 +101,15 @@ def test_the_benchmark_that_is_to_be_evaluated_on_is_looked_at(tmp_path: Path, t
 
 def test_a_stopped_run_whose_tables_changed_is_not_gone_on_with(tmp_path: Path, tables: Path) -> None:
     mine = shutil.copytree(tables, tmp_path / "tables")
-    data = synthesize(run_of(tmp_path / "runs", mine))
+    few = ("data.num_trajectories=30", "data.num_eval_tasks=4")
+    data = synthesize(run_of(tmp_path / "runs", mine, *few))
     (data / "report.json").unlink()
     trained = json.loads((data / "manifest.json").read_text())
     assert trained["complete"]
     for table in mine.glob("table*.csv"):
         table.write_text(table.read_text().replace("red", "rosy"))
     with pytest.raises(UserError, match="begun with other tables"):
-        synthesize(run_of(tmp_path / "runs", mine))
+        synthesize(run_of(tmp_path / "runs", mine, *few))
 
 
 class Analyst:

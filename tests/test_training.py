@@ -14,7 +14,7 @@ from groupwise.engine.manifest import list_checkpoints
 from groupwise.engine.mesh import Mesh
 from groupwise.engine.shard import ShardedModel
 from groupwise.recipes.policy import Policy
-from groupwise.recipes.run import Run
+from groupwise.recipes.run import Run, Stopped
 from groupwise.recipes.training import Training
 
 
@@ -43,6 +43,21 @@ def train(training, until=None, at=None):
     return made
 
 
+def given_up(training, at, number):
+    """The steps that were made before a signal came while step ``at`` was being sampled, and how training ended."""
+    made = []
+    try:
+        for step in training.steps():
+            if step == at:
+                training.run.on_signal(number, None)
+                assert training.run.agree_to_stop()
+                continue
+            training.update(step, small_batches(step), small_loss)
+            made.append(step)
+    except Stopped as stopped:
+        return made, stopped.number
+
+
 def weights(training):
     return torch.cat([shard.data for shard in training.policy.model.shards])
 
@@ -59,6 +74,23 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(tmp_path):
     assert torch.equal(weights(whole), weights(resumed))
     names = [path.name.split("-")[-1] for path in list_checkpoints(resumed.folder / "checkpoints")]
     assert names == ["4", "3"]
+
+
+def test_a_step_given_up_is_repeated_after_the_resume(tmp_path):
+    training = new_training(tmp_path)
+    assert given_up(training, 3, signal.SIGTERM) == ([0, 1, 2], signal.SIGTERM)
+    assert list_checkpoints(training.folder / "checkpoints")[0].name.endswith("-step-3")
+    before = weights(training)
+    del training
+    resumed = new_training(tmp_path)
+    assert torch.equal(weights(resumed), before)
+    assert train(resumed) == [3, 4, 5]
+
+
+def test_a_step_given_up_before_anything_was_done_leaves_no_checkpoint(tmp_path):
+    training = new_training(tmp_path)
+    assert given_up(training, 0, signal.SIGINT) == ([], signal.SIGINT)
+    assert list_checkpoints(training.folder / "checkpoints") == []
 
 
 def test_damage_to_every_checkpoint_is_said_and_nothing_starts_anew(tmp_path):
