@@ -10,7 +10,7 @@ goes): ``memory_mib`` and ``memory_mib_last``, the medians of its own pages (Pss
 tenth of the steps, as the first tenth warms up, and ``growth_percent``. ``step``: wall seconds of the median step and
 the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the machine shows
 in the former). ``disk``: what the folder holds at the end by part, in bytes a step, and of the parts that the settings
-bound ``bounded_growth_percent`` from the second tenth to the last.
+bound ``growth_percent`` from the second tenth to the last.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ VARIABLE = (
     "time",
     "timing_s/",
     "perf/",
+    "tools/wait_s",
     "sampling/tokens_per_s",
     "sampling/kv_",
     "sampling/prefix_hit_rate",
