@@ -170,7 +170,6 @@ def _sample(
         tasks,
         1,
         temperature=settings.temperature,
-        top_p=settings.top_p,
         seed=run.config.run.seed,
         record=f"learning/{name}",
         openings=openings,

@@ -212,7 +212,6 @@ class RolloutConfig:
     """Sampling and the many-turn loop."""
 
     temperature: float = setting(1.0, "softmax temperature of training rollouts", minimum=0)
-    top_p: float = setting(1.0, "nucleus of training rollouts", minimum=0, maximum=1)
     kv_memory: str = setting(
         "0.25", "memory of the KV cache on a rank: GiB, or a share of the device's such as 40%", changeable=True
     )

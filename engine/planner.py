@@ -365,7 +365,7 @@ class _Rank:
         }
         draw = {
             "activations": self.decode_pieces(sequences) if self.cuda else 0,
-            "logits chunk": self.draw(sequences, truncates=min(settings.top_p, evaluate.top_p) < 1),
+            "logits chunk": self.draw(sequences, truncates=evaluate.top_p < 1),
         }
         return [self.held | whole | {"activations": self.forward_work(tokens)}, self.held | whole | draw]
 

@@ -131,7 +131,6 @@ def sample_round(
             [expert.task for expert in mine],
             run.config.grpo.num_generations,
             temperature=run.config.rollout.temperature,
-            top_p=run.config.rollout.top_p,
             seed=seed,
             record=name,
         )

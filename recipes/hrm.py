@@ -106,7 +106,6 @@ def search(run: Run, folder: Path, experts: Sequence[Expert]) -> list[StepSequen
                     tasks,
                     size,
                     temperature=rollout.temperature,
-                    top_p=rollout.top_p,
                     seed=run.config.run.seed * 1_000_003 + depth,
                     record=f"hrm/{depth:06d}",
                     openings=openings,

@@ -52,12 +52,15 @@ class Rollouts:
         num_generations: int,
         *,
         temperature: float,
-        top_p: float,
         seed: int,
         record: str,
+        top_p: float = 1.0,
         openings: Sequence[Sequence[str]] | None = None,
     ) -> list[Group]:
         """A group of ``num_generations`` trajectories for each task of this rank. Every rank calls it together.
+
+        What is trained on is drawn with ``top_p`` 1: a nucleus would leave tokens out that the policy's probability, on
+        which ratios rest, still counts.
 
         They are written into ``RUN/trajectories/RECORD.rankRANK.jsonl`` as they end. ``openings`` are those of
         ``run_agent``.

@@ -128,7 +128,7 @@ def measure(mesh, config):
         lengths = [cache.max_trajectory_tokens - 3 - i % 2 for i in range(cache.concurrency)]
         prompts = [[rng.randrange(config.model.vocab_size) for _ in range(length)] for length in lengths]
         with policy.gathered():
-            sampler.generate(prompts, SamplingParams(max_tokens=3, top_p=cache.top_p))
+            sampler.generate(prompts, SamplingParams(max_tokens=3, top_p=config.evaluate.top_p))
             sampler.flush()
 
     def update():
@@ -209,7 +209,7 @@ HEADS = (500, 64, 64, 3, 512, "model.num_attention_heads=16", "model.head_dim=32
 QUICK = {
     "deep": case(*DEEP),
     "bfloat16": case(1000, 256, 704, 2, 128, BFLOAT16),
-    "large vocabulary, nucleus": case(*VOCABULARY, "rollout.top_p=0.95"),
+    "large vocabulary, nucleus": case(*VOCABULARY, "evaluate.top_p=0.95"),
     "wide attention": case(*HEADS),
 }
 SLOW = {
