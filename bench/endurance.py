@@ -6,11 +6,11 @@ The run is that of ``bench/bigram_run.py`` on one rank, saves a checkpoint every
 of the newest 100. This process reads the run's memory from /proc, and its folder, about once a second.
 
 A row for each process (the rank, the guard of its sandbox, the server that executes; what an execution forks comes and
-goes): ``memory_mib`` and ``memory_mib_last``, the medians of its own pages (Pss) over the second and over the last
-tenth of the steps, as the first tenth warms up, and ``growth_percent``. ``step``: wall seconds of the median step and
+goes): ``memory_mib`` and ``memory_mib_last``, the medians of its pages that are no file's (Pss_Anon) over the second
+and over the last tenth of the steps, as the first tenth warms up, and ``growth_percent``. ``step``: wall seconds of the median step and
 the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the machine shows
-in the former). ``disk``: what the folder holds at the end by part, in bytes a step, and of the parts that the settings
-bound ``growth_percent`` from the second tenth to the last.
+in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of the parts
+that the settings bound ``growth_percent`` from the second tenth to the last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from groupwise.bench.bigram_run import prepare
 from groupwise.engine.metrics import read_records
 
 EVERY_S = 1.0
-BOUNDED = ("grpo", "trajectories")  # folders of the run whose size the settings bound
+BOUNDED = ("grpo/checkpoints", "trajectories")  # folders of the run whose size the settings bound
 SETTINGS = (
     "grpo.prompts_per_step=1",
     "grpo.lr=1e-6",  # so small that the rollouts stay what they are
@@ -94,7 +94,8 @@ def look(folder: Path, rank: int, step: int) -> Sample:
     memory = {name: pss_mib(pid) for name, pid in found.items()}
     fields = Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()
     cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return Sample(step, memory, cpu_s, {part.name: size(part) for part in folder.iterdir()})
+    parts = [part for part in (*folder.iterdir(), *(folder / "grpo").iterdir()) if part.name != "grpo"]
+    return Sample(step, memory, cpu_s, {str(part.relative_to(folder)): size(part) for part in parts})
 
 
 def children(pid: int) -> list[int]:
@@ -104,11 +105,11 @@ def children(pid: int) -> list[int]:
 
 
 def pss_mib(pid: int) -> float:
-    """Memory of a process; of pages that it shares, its share."""
+    """Memory of a process that no file holds; of pages that it shares, its share."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) / 1024
-    raise ValueError(f"process {pid} tells no Pss")
+    raise ValueError(f"process {pid} tells no Pss_Anon")
 
 
 def size(path: Path) -> int:
