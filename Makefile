@@ -13,9 +13,9 @@ TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m
 train: .venv/.train
 	@$(TORCHRUN) groupwise.recipes.train train $(ARGS)
 
-# As many workers as cores: hardly a test uses more than one, and a file's tests stay together where they can.
+# As many workers as cores: hardly a test uses more than one. The tests of a file stay together, with what they share.
 test: .venv/.test lint types
-	$(BIN)/pytest -n logical --maxprocesses 16 --dist worksteal
+	$(BIN)/pytest -n logical --maxprocesses 16 --dist loadfile
 
 test-slow: .venv/.test
 	$(BIN)/pytest -m slow

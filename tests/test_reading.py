@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import sqlite3
+import tempfile
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -168,26 +169,28 @@ def test_odd_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_what_may_not_be_read_is_dropped(tmp_path: Path) -> None:
-    for name in ("a.csv", "secret.csv", "hidden/b.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a,b,c\n" + rows(30))
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+def test_what_may_not_be_read_is_dropped() -> None:
+    with tempfile.TemporaryDirectory() as name:  # in a folder that others may enter
+        folder = Path(name)
+        for name in ("a.csv", "secret.csv", "hidden/b.csv"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("a,b,c\n" + rows(30))
         folder.chmod(0o755)
-    (tmp_path / "secret.csv").chmod(0)
-    (tmp_path / "hidden").chmod(0)
-    end, begin = os.pipe()
-    if not (child := os.fork()):
-        os.setuid(65534)
-        found, dropped = tables.find_tables(tmp_path)
-        said = [*(table.name for table in found), *sorted(f"{drop.source}: {drop.reason}" for drop in dropped)]
-        os.write(begin, "\n".join(said).encode())
-        os._exit(0)
-    os.close(begin)
-    os.waitpid(child, 0)
+        (folder / "secret.csv").chmod(0)
+        (folder / "hidden").chmod(0)
+        end, begin = os.pipe()
+        if not (child := os.fork()):
+            try:
+                os.setuid(65534)
+                found, dropped = tables.find_tables(folder)
+                said = [*(table.name for table in found), *sorted(f"{drop.source}: {drop.reason}" for drop in dropped)]
+                os.write(begin, "\n".join(said).encode())
+            finally:
+                os._exit(0)  # else it would go on with the tests
+        os.close(begin)
+        os.waitpid(child, 0)
     with os.fdopen(end) as pipe:
         said = pipe.read().splitlines()
-    (tmp_path / "hidden").chmod(0o755)
     assert said[:2] == ["a", "hidden: cannot be listed (Permission denied)"]
     assert said[2].endswith("cannot be read (Permission denied); check its permissions.")
 
