@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class Analyst:
         if "Are you ready" in last:
             return "yes"
         if "You write questions" in system:
-            return f"<question>How many rows are there, asked as number {body['seed'] % 1_000_000}?</question>"
+            number = zlib.crc32(json.dumps(body["messages"]).encode())  # the seed differs with the server's port
+            return f"<question>How many rows are there, asked as number {number}?</question>"
         if "<verdict>" in system:
             return "<critique>They count differently.</critique><verdict>inconsistent</verdict>"
         if "Rewrite them as finer steps" in system:
