@@ -78,10 +78,10 @@ def differences(model: Model, examples: list[Example]) -> torch.Tensor:
     "settings",
     [
         {},
-        {"concurrency": 1},
+        pytest.param({"concurrency": 1}, marks=pytest.mark.slow),
         {"concurrency": 3, "prefill_tokens": 33},
         {"blocks": 150, "preemption": "keep"},
-        {"blocks": 150},
+        pytest.param({"blocks": 150}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

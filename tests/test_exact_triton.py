@@ -209,7 +209,7 @@ CHECKS = (
     check_a_linear_map_and_its_gradients,
     check_bits_of_attention,
     check_attention_by_its_definition,
-    check_sampler_and_trainer,
+    pytest.param(check_sampler_and_trainer, marks=pytest.mark.slow),
     check_what_breaks_it,
 )
 

@@ -86,7 +86,9 @@ def test_a_run_that_is_asked_to_stop_says_so_and_blames_no_rank(program, tmp_pat
     assert "rank 1 " not in errors.split("Traceback")[0]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_one_rank_that_is_asked_to_stop_stops_all(number, status, tmp_path):
     file = tmp_path / "program.py"
     file.write_text(SAMPLING)

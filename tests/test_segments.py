@@ -19,7 +19,7 @@ def test_by_its_definition(lengths: list[int], prefix: list[int] | None) -> None
     ("lengths", "prefix", "heads", "size", "dtype"),
     [
         (LENGTHS, PREFIX, (1, 1), 16, torch.float32),
-        (LENGTHS, PREFIX, (2, 1), 20, torch.float16),
+        pytest.param(LENGTHS, PREFIX, (2, 1), 20, torch.float16, marks=pytest.mark.slow),
         ([33, 1, 50], None, (3, 1), 64, torch.float16),
     ],
 )

@@ -65,7 +65,7 @@ def gathered(policy):
     return sum(unit.flat.untyped_storage().nbytes() for unit in policy._all)
 
 
-@pytest.mark.parametrize("shard_size", [8, 4])
+@pytest.mark.parametrize("shard_size", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_bytes_of_fourteen_billion_parameters(shard_size):
     (parameters, stored, calls, elements, whole, blocks_run), *_ = run_ranks(step, 1, shard_size)
     assert parameters == PARAMETERS
