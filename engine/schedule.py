@@ -100,6 +100,20 @@ def mixing(settings: GRPOConfig) -> Schedule:
     )
 
 
+def policy_rate(settings: GRPOConfig) -> Schedule:
+    """Learning rate of GRPO: a linear warm-up, then a cosine down to a share of the peak.
+
+    Raises:
+        UserError: the warm-up is longer than the run.
+    """
+    if settings.warmup_steps > settings.steps:
+        raise UserError(
+            f"grpo.warmup_steps is {settings.warmup_steps}, more than the run's {settings.steps} steps; shorten it or "
+            "raise grpo.steps"
+        )
+    return Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
+
+
 def fitting_rate(peak: float, steps: int) -> Schedule:
     """Learning rate of supervised training: up to ``peak`` in a tenth of the steps, then by a cosine down to a tenth.
 

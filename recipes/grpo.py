@@ -23,7 +23,7 @@ from ..engine.errors import UserError
 from ..engine.metrics import read_records, say
 from ..engine.objective import Stats, count, group_advantages, informative, policy_loss, weigh
 from ..engine.planner import PHASES
-from ..engine.schedule import Schedule, mixing
+from ..engine.schedule import mixing, policy_rate
 from ..engine.step import level, merged
 from ..kernels.linear import ROWS
 from ..rollout.trajectory import Group, masked_statuses
@@ -53,8 +53,7 @@ def grpo(run: Run) -> Path:
     pool = [expert for expert in experts.all if expert.stratum != "failure"]
     rewarding = Rewarding(run, policy.tokenizer, [expert.task for expert in pool])
     gamma, loss_fn = mixing(settings), objective(settings, temperature)
-    lr = Schedule("cosine", settings.lr, settings.lr * settings.min_lr_ratio, settings.steps, settings.warmup_steps)
-    training = Training(run, policy, "grpo", settings.steps, lr)
+    training = Training(run, policy, "grpo", settings.steps, policy_rate(settings))
     records = read_records(training.metrics.path) if run.is_main else ()
     doctor = Doctor(folder / "doctor.jsonl", run.mesh, records, training.start)
     with Rollouts(run, policy) as rollouts:

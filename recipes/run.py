@@ -44,7 +44,7 @@ from ..engine.config import Config, describe_settings, is_changeable, load_confi
 from ..engine.errors import UserError
 from ..engine.lock import Lock
 from ..engine.mesh import Mesh
-from ..engine.schedule import mixing
+from ..engine.schedule import mixing, policy_rate
 from ..engine.together import check_shared, together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
@@ -79,12 +79,13 @@ class Run:
 
     Raises:
         UserError: the run's folder belongs to a run of another configuration, or a run is at work there; a
-            phase does not fit the memory; the experts' weight takes more steps than ``grpo.steps``.
+            phase does not fit the memory; the experts' weight or the warm-up takes more steps than ``grpo.steps``.
     """
 
     def __init__(self, config: Config, mesh: Mesh, claim: bool = True, phases: Sequence[str] = ()) -> None:
         self.config, self.mesh = config, mesh
         mixing(config.grpo)  # steps that do not add up are known before anything starts
+        policy_rate(config.grpo)
         self.planned = PlannedMemory(config, mesh, phases)
         self.folder = Path(config.run.folder) / config.run.name
         self.stopping = self._signal = 0
