@@ -9,8 +9,8 @@ A row for each process (the rank, the guard of its sandbox, the server that exec
 goes): ``memory_mib`` and ``memory_mib_last``, the medians of its pages that are no file's (Pss_Anon) over the second
 and over the last tenth of the steps, as the first tenth warms up, and ``growth_percent``. ``step``: wall seconds of the
 median step and the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the
-machine shows in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of the parts
-that the settings bound ``growth_percent`` from the second tenth to the last.
+machine shows in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of
+the parts that the settings bound ``growth_percent`` from the second tenth to the last.
 """
 
 from __future__ import annotations
