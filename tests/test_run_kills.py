@@ -49,7 +49,7 @@ VARIABLE = (
 
 
 class Launch:
-    """The run under torchrun, in a process group of its own, launched again by the same command where all is killed."""
+    """The run under torchrun, launched again by the same command where all is killed."""
 
     def __init__(self, folder: Path, settings: list[str]) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
