@@ -51,16 +51,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K], [N,K], [N] -> [T,N]
     """a @ b.T + bias; by oneDNN without a gradient. b may be a transposed view.
 
-    oneDNN makes code for every number of rows that it meets, half a megabyte each, and keeps it: so rows are filled up
-    to one of few numbers. A lone row would be summed in another order than two, too.
+    A lone row would be summed in another order than two: that, too, is why rows are filled up.
     """
     if not onednn_serves(a) or a.numel() == 0:  # a sum over nothing is beyond oneDNN
         return F.linear(a, b, bias)
-    count = len(a)
+    return _multiply(_fill(a), b, bias)[: len(a)]
+
+
+def _fill(x: Tensor) -> Tensor:  # [T,K] -> [more,K]
+    """With rows of zeros, to one of few numbers of rows.
+
+    oneDNN makes code for every number that it meets, some hundred KiB each, and keeps up to 1,024 of them.
+    """
+    count = len(x)
     missing = -count % (ROWS if count > 2 * ROWS else SOME_ROWS if count > SOME_ROWS else FEW_ROWS)
-    if not missing:
-        return _multiply(a, b, bias)
-    return _multiply(F.pad(a, (0, 0, 0, missing)), b, bias)[:count]
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,6 +96,7 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:  # [T,N], [T,K] -> [N,K]
     """a.T @ b, perhaps as a transposed view: oneDNN is faster where the narrower matrix comes first."""
     if not onednn_serves(a) or a.numel() == 0:
         return a.t() @ b
+    a, b = _fill(a), _fill(b)
     return _multiply(a.t(), b.t()) if a.shape[1] < b.shape[1] else _multiply(b.t(), a.t()).t()
 
 

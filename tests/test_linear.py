@@ -1,12 +1,14 @@
 """A linear map and its gradients against float64, by oneDNN and by PyTorch; a row's result in any company."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from groupwise.kernels import dispatch, linear
+from groupwise.kernels import dispatch, grouped_logprob, linear
 from groupwise.kernels.dispatch import onednn_serves
 
 SHAPES = [(1, 1, 1), (1, 40, 9), (3, 7, 13), (64, 24, 40), (50, 96, 32), (0, 8, 4)]  # T, K, N
@@ -69,6 +71,34 @@ def test_a_row_is_the_same_in_any_company(served_by: str) -> None:
             for start in (0, 7, 300 - count):
                 rows = slice(start, start + count)
                 assert torch.equal(linear(x[rows], weight, bias), whole[rows])
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of what oneDNN multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.shapes.add(tuple(x.shape for x in args[:2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_shapes_for_any_number_of_rows(served_by: str) -> None:
+    """OneDNN keeps code for each shape, so a run of days, which meets every number of rows, would grow."""
+    if served_by != "onednn":
+        pytest.skip("nothing is kept there")
+    linears, logprobs = Products(), Products()
+    for T in range(1, 1000):
+        x, weight, _ = (tensor.requires_grad_() for tensor in make_inputs(T, 13, 25))
+        with linears:
+            linear(x, weight).sum().backward()
+        with logprobs:
+            grouped_logprob(x, weight, torch.arange(T) % 25)[0].sum().backward()
+    # 8 to 64 rows by eights, to 512 by 64, to 1,024 by 256; each in the product and in its two gradients.
+    assert len(linears.shapes) == len(logprobs.shapes) == 3 * (8 + 7 + 2)
 
 
 def test_what_onednn_serves() -> None:
