@@ -7,7 +7,9 @@ of the newest 100. This process reads the run's memory from /proc, and its folde
 
 A row for each process (the rank, the guard of its sandbox, the server that executes; what an execution forks comes and
 goes): ``memory_mib`` and ``memory_mib_last``, the medians of its pages that are no file's (Pss_Anon) over the second
-and over the last tenth of the steps, as the first tenth warms up, and ``growth_percent``. ``step``: wall seconds of the
+and over the last tenth of the steps, as the first tenth warms up, ``growth_percent``, and as much from the sixth tenth
+to the last (``later_growth_percent``): what is met seldom, a shape for which a library makes code and keeps it, comes
+early in a run. ``step``: wall seconds of the
 median step and the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the
 machine shows in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of
 the parts that the settings bound ``growth_percent`` from the second tenth to the last.
@@ -124,13 +126,13 @@ def size(path: Path) -> int:
 def rows(folder: Path, samples: list[Sample], args: argparse.Namespace) -> list[common.Row]:
     """What the bench reports."""
     tenth = args.steps // 10
-    second = [each for each in samples if tenth <= each.step < 2 * tenth]
-    last = [each for each in samples if each.step >= args.steps - tenth]
+    second, sixth, last = ([each for each in samples if n * tenth <= each.step < (n + 1) * tenth] for n in (1, 5, 9))
     found: list[common.Row] = []
     for name in second[0].memory:
-        before, after = (median(each.memory[name] for each in part) for part in (second, last))
+        before, later, after = (median(each.memory[name] for each in part) for part in (second, sixth, last))
         row = {"what": name, "memory_mib": before, "memory_mib_last": after}
-        found.append({**row, "growth_percent": 100 * (after / before - 1)})
+        growth = {"growth_percent": 100 * (after / before - 1), "later_growth_percent": 100 * (after / later - 1)}
+        found.append(row | growth)
     times = [record["time"] for record in read_records(folder / "grpo.jsonl")]
     walls = [after - before for before, after in pairwise(times)]
     wall_s, wall_s_last = median(walls[tenth : 2 * tenth]), median(walls[-tenth:])

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -66,19 +67,28 @@ def spell(size: float) -> str:
 
 
 class MemoryWatch:
-    """Largest resident memory of this process and all its children, by looking twice a second."""
+    """Looks at the memory of this process and all its children twice a second, within a ``with``.
+
+    Attributes:
+        peak_gib: the most that was resident; pages that they share count once for each process.
+    """
 
     def __init__(self) -> None:
-        self._peak, self._ended = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory", daemon=True)
-        self._thread.start()
+        self.peak_gib, self._ended = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.5):
+            self._look()
 
     def _look(self) -> None:
-        while not self._ended.wait(0.5):
-            self._peak = max(self._peak, tree_rss_gib())
+        self.peak_gib = max(self.peak_gib, tree_rss_gib())
 
-    def stop(self) -> float:
-        """Ends the watch and returns the peak in GiB; shared pages count once for each process."""
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        return max(self._peak, tree_rss_gib())
+        self._look()

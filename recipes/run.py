@@ -49,7 +49,7 @@ from ..engine.together import check_shared, together
 from ..engine.watch import RankLost, leave_process
 from ..kernels import dispatch
 from .arithmetic import in_words
-from .memory import MemoryWatch, PlannedMemory
+from .memory import PlannedMemory
 
 USER_ERROR, TEMPORARY_FAILURE, INTERRUPTED = 2, 75, 130
 DRY_RUN = "--dry-run"
@@ -91,7 +91,6 @@ class Run:
         self.stopping = self._signal = 0
         self._in_steps = False
         self._lock: Lock | None = None  # rank 0's, for as long as this run is
-        self.memory = MemoryWatch()
         if claim:
             together(mesh, self._claim_folder if self.is_main else lambda: None)
             check_shared(self.folder, mesh)

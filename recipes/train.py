@@ -24,6 +24,7 @@ from .arithmetic import STAGES
 from .evaluate import evaluate
 from .grpo import grpo
 from .hrm import hrm
+from .memory import MemoryWatch
 from .policy import load_policy
 from .report import write_report
 from .rollouts import Rollouts
@@ -40,12 +41,13 @@ def train(run: Run) -> None:
     if summary_file.exists():
         run.say(f"{run.folder} is finished; for another run give run.name=NAME or remove the folder")
     else:
-        synthesize(run)
-        results = {"sft": _evaluated(run, "sft", sft)}
-        if run.config.hrm.steps:
-            hrm(run)
-        results["grpo"] = _evaluated(run, "grpo", grpo)
-        peak = sum(run.mesh.all_gather_object(run.memory.stop()))
+        with MemoryWatch() as memory:
+            synthesize(run)
+            results = {"sft": _evaluated(run, "sft", sft)}
+            if run.config.hrm.steps:
+                hrm(run)
+            results["grpo"] = _evaluated(run, "grpo", grpo)
+        peak = sum(run.mesh.all_gather_object(memory.peak_gib))
         if run.is_main:
             write_atomically(summary_file, json.dumps(_summary(run, results, peak), indent=1))
             plot_run(run.folder, run.folder / "run.png")

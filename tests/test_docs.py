@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from groupwise.rollout.environment import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +35,15 @@ def test_an_environment_is_one_function() -> None:
         assert other.submit("c").result().output == "c after [] on []"
 
 
-@pytest.mark.parametrize("part", ["kernels", "engine", "rollout", "rewards"])
-def test_a_part_is_imported_without_touching_logging_or_the_environment(part: str) -> None:
+def test_the_parts_are_imported_without_touching_logging_or_the_environment() -> None:
     code = (
-        "import logging, os; before = dict(os.environ); handlers = list(logging.getLogger().handlers);"
-        f"import groupwise.{part};"
-        "assert logging.getLogger().handlers == handlers and logging.getLogger().level == logging.WARNING;"
-        "changed = {k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)};"
-        "assert not changed, changed"
+        "import importlib, logging, os; before = dict(os.environ); handlers = list(logging.getLogger().handlers)\n"
+        "for part in ('kernels', 'engine', 'rollout', 'rewards'):\n"
+        "    importlib.import_module(f'groupwise.{part}')\n"
+        "    logger = logging.getLogger()\n"
+        "    assert (logger.handlers, logger.level) == (handlers, logging.WARNING), part\n"
+        "    changed = {k for k in os.environ.keys() | before.keys() if os.environ.get(k) != before.get(k)}\n"
+        "    assert not changed, (part, changed)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ class Road:
     recompute: bool = False
     reduce_every_microbatch: bool = True
     exact: bool = False  # plain descent without clipping: no rounding depends on where an element lies
-    steps: int = 6
+    steps: int = 3
 
 
 def parts(road):

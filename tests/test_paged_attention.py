@@ -139,7 +139,15 @@ def make_plan(
     return DecodePlan(rows, blocks, BLOCK, (cache.query_heads, cache.key_heads), cache.size, dtype, where)
 
 
-@pytest.mark.parametrize(("heads", "dtype"), [*((each, torch.float32) for each in HEADS), (HEADS[1], torch.float16)])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [
+        (HEADS[0], torch.float32),
+        (HEADS[2], torch.float32),
+        (HEADS[1], torch.float16),
+        *(pytest.param(HEADS[i], torch.float32, marks=pytest.mark.slow) for i in (1, 3)),
+    ],
+)
 def test_prefill_in_triton(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     interpreted(check_prefill, "triton", heads, dtype)
 
@@ -151,7 +159,11 @@ def test_eager_prefill(heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPa
     check_prefill("eager", heads, torch.float64)
 
 
-CASES = [*((groups, HEADS[1], torch.float32) for groups in GROUPS), *(("group", each, torch.float16) for each in HEADS)]
+CASES = [
+    *((groups, HEADS[1], torch.float32) for groups in GROUPS),
+    ("group", HEADS[2], torch.float16),
+    *(pytest.param("group", HEADS[i], torch.float16, marks=pytest.mark.slow) for i in (0, 1, 3)),
+]
 
 
 @pytest.mark.parametrize(("groups", "heads", "dtype"), CASES)

@@ -64,8 +64,14 @@ def three_turns(engine: Sampler, cancelled: int = 0) -> list[list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("is_behind", [False, True])
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(
+    ("load", "is_behind"),
+    [
+        *((load, False) for load in LOADS),
+        *((load, True) for load in ("three", "short, kept", "short, chunks")),
+        *(pytest.param(load, True, marks=pytest.mark.slow) for load in ("one", "sixteen", "chunks of 7", "short")),
+    ],
+)
 def test_tokens_do_not_depend_on_the_load(model, episodes, load, is_behind):
     engine = sampler(model, **LOADS[load])
     engine._is_behind = is_behind
