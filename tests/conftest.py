@@ -4,11 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from sandboxes import LIMITS
 
 from groupwise.rollout.sandbox import Sandbox
 
 torch.set_num_threads(1)  # tensors are small here, and on a busy machine threads wait for each other
+settings.register_profile("untimed", deadline=None)  # nor does time say there whether a test is right
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

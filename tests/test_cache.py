@@ -163,7 +163,7 @@ class Tables(RuleBasedStateMachine):
 
 
 TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTables.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_closed_rows_cannot_be_used():

@@ -161,7 +161,7 @@ def test_equal_rewards_move_nothing() -> None:
     assert bool((policy.table.grad == 0).all())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.integers(10, 60), st.sampled_from(LOSS_TYPES))
 def test_no_split_changes_loss_gradient_or_statistics(seed: int, budget: int, loss_type: str) -> None:
     loss_fn = functools.partial(policy_loss, loss_type=loss_type, gamma=0.3, entropy_coef=0.1)

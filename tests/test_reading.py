@@ -136,7 +136,7 @@ def test_what_is_no_table_is_said_in_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300) | st.text(alphabet="ab1,.;\"'\n\r\t |=#é\0", max_size=200).map(str.encode))
 def test_any_bytes_give_a_frame_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.csv"

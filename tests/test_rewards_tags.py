@@ -117,7 +117,7 @@ def test_no_form_at_all(mode: str) -> None:
     assert failed(mode, [prompt, ("model", "hello")]) == {"parses", "steps", "answer", "outside"}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(GRAMMARS)), st.lists(st.sampled_from([*all_tags(), "x", "\n", "```"]), max_size=12))
 def test_any_text_has_a_reward(mode: str, pieces: list[str]) -> None:
     text = "".join(pieces)

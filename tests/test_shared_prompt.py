@@ -51,7 +51,7 @@ def train_once(examples: list[Example], budget: int, loss_type: str) -> Result:
 
 
 @pytest.mark.parametrize("budget", [400, 40, 25])
-@pytest.mark.parametrize(("seed", "loss_type"), enumerate(("dapo", "gspo", "cispo")))
+@pytest.mark.parametrize(("seed", "loss_type"), list(enumerate(("dapo", "gspo", "cispo"))))
 def test_sharing_changes_no_number(seed: int, loss_type: str, budget: int) -> None:
     examples = make_examples(seed, loss_type)
     loss, stats, gradients, tokens = train_once(examples, budget, loss_type)

@@ -195,7 +195,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @example([("\r", "a\rb", "\n"), ("\r\n", '"', ","), ("", " ", "'")])
 @given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=8))
 def test_every_value_can_be_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:

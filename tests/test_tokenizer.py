@@ -27,13 +27,13 @@ def tokenizer() -> Tokenizer:
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(parts=st.lists(st.sampled_from([*TAGS, *SPECIALS, *TEXTS, "12.5", "\n", " ", "df['price']"]), max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_training_vocabulary_comes_back_and_ids_are_in_range(tokenizer: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     ids = tokenizer.encode(text)
@@ -44,7 +44,7 @@ def test_training_vocabulary_comes_back_and_ids_are_in_range(tokenizer: Tokenize
 
 
 @given(number=st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_digit_is_one_token(tokenizer: Tokenizer, number: float) -> None:
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode(f"= {number};")]
     assert all(len(piece) == 1 for piece in pieces if any(character.isdigit() for character in piece))
