@@ -7,12 +7,11 @@ of the newest 100. This process reads the run's memory from /proc, and its folde
 
 A row for each process (the rank, the guard of its sandbox, the server that executes; what an execution forks comes and
 goes): ``memory_mib`` and ``memory_mib_last``, the medians of its pages that are no file's (Pss_Anon) over the second
-and over the last tenth of the steps, as the first tenth warms up, ``growth_percent``, and as much from the sixth tenth
-to the last (``later_growth_percent``): what is met seldom, a shape for which a library makes code and keeps it, comes
-early in a run. ``step``: wall seconds of the
-median step and the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the
-machine shows in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of
-the parts that the settings bound ``growth_percent`` from the second tenth to the last.
+and over the last tenth of the steps, as the first tenth warms up, ``growth_percent``, and the same from the sixth tenth
+to the last, ``later_growth_percent``, for what is met seldom warms up longer. ``step``: wall seconds of the median step
+and the rank's CPU seconds, the last tenth over the second (``wall_ratio``, ``cpu_ratio``: other work on the machine
+shows in the former). ``disk``: what the folder holds at the end by part; ``bytes_per_step`` of the logs, and of the
+parts that the settings bound ``growth_percent`` from the second tenth to the last.
 """
 
 from __future__ import annotations
@@ -60,6 +59,8 @@ def main() -> None:
     own.add_argument("--steps", type=int, default=20_000)
     own.add_argument("--folder", type=Path, default=None, help="where the run shall stay; default: nowhere")
     args = own.parse_args()
+    if args.steps < 5000:
+        own.error(f"--steps is {args.steps}, expected 5000 or more: the first checkpoint, of step 500, is compared")
     with TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary) / "run").absolute()
         samples = watch(folder, args.steps)

@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K], [N,K], [N] -> [T,N]
     """a @ b.T + bias; by oneDNN without a gradient. b may be a transposed view.
 
-    A lone row would be summed in another order than two: that, too, is why rows are filled up.
+    Rows are filled up, also because a lone one would be summed in another order than two.
     """
     if not onednn_serves(a) or a.numel() == 0:  # a sum over nothing is beyond oneDNN
         return F.linear(a, b, bias)
@@ -59,9 +59,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:  # [T,K
 
 
 def _fill(x: Tensor) -> Tensor:  # [T,K] -> [more,K]
-    """With rows of zeros, to one of few numbers of rows.
+    """Fills up with rows of zeros to one of few numbers of rows.
 
-    oneDNN makes code for every number that it meets, some hundred KiB each, and keeps up to 1,024 of them.
+    oneDNN makes code for every shape that it meets, some hundred KiB each, and keeps that of up to 1,024.
     """
     count = len(x)
     missing = -count % (ROWS if count > 2 * ROWS else SOME_ROWS if count > SOME_ROWS else FEW_ROWS)

@@ -141,7 +141,7 @@ ROADS = [
 ]
 EXACT = [Road("toy", exact=True), Road(exact=True), Road(exact=True, recompute=True, reshard=False)]
 LONG = [replace(road, steps=20) for road in ROADS]
-FOUR = [Road("toy"), Road(), Road(recompute=True, reduce_every_microbatch=False)]
+FOUR = [replace(road, steps=6) for road in (ROADS[0], ROADS[1], Road(recompute=True, reduce_every_microbatch=False))]
 HYBRID = [Road("toy", recompute=True), Road(reduce_every_microbatch=False)]
 
 
